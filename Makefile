@@ -1,0 +1,46 @@
+# make test        everything that CI checks
+# make reproduce   SCALE=smoke|laptop|paper DATA=synthetic|naip-trees|agrivision-2020 DATA_ROOT=DIR OUT=DIR TABLES="..."
+# make notebooks   run every notebook, save its outputs, export the package and README.md
+# make export      the same without running
+SCALE     ?= laptop
+DATA      ?= synthetic
+DATA_ROOT ?=
+OUT       ?= out
+SEEDS     ?= 0
+DEVICE    ?= auto
+TABLES    ?=
+PYTHON    ?=
+PIP_ARGS  ?=
+VENV      ?= .venv
+BIN       := $(VENV)/bin
+
+.PHONY: test reproduce notebooks export showcase clean
+
+$(VENV)/.ready: settings.ini setup.py pyproject.toml constraints.txt tools/make_venv.sh
+	@PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" sh tools/make_venv.sh $(VENV)
+	@touch $@
+
+test: $(VENV)/.ready
+	$(BIN)/python tools/check_in_step.py
+	$(BIN)/ruff check .
+	$(BIN)/python tools/test_notebooks.py
+	$(BIN)/python -m pytest -q
+
+reproduce: $(VENV)/.ready
+	$(BIN)/agrivision reproduce $(TABLES) --scale $(SCALE) --data $(DATA) --data-root "$(DATA_ROOT)" --out $(OUT) --seeds $(SEEDS) --device $(DEVICE)
+
+notebooks: $(VENV)/.ready
+	$(BIN)/python tools/export.py --run
+
+export: $(VENV)/.ready
+	$(BIN)/python tools/export.py
+
+# the table and picture on README's first screen
+showcase: $(VENV)/.ready
+	$(BIN)/agrivision reproduce table1_modality --scale laptop --data synthetic --out out
+	mkdir -p nbs/showcase
+	cp out/table1_modality.csv out/table1_modality.png nbs/showcase/
+	$(BIN)/python tools/export.py --run index
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,75 @@
+"""Bring everything generated in step with the notebooks: the package, clean notebooks, README.md.
+
+usage: export.py [--run] [NAME ...]     --run executes the notebooks (all, or those named) and saves their outputs
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+from nbconvert import MarkdownExporter
+from nbconvert.preprocessors import ExecutePreprocessor, TagRemovePreprocessor
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS = ROOT / "nbs"
+
+
+def find_notebooks(names: list[str]) -> list[Path]:
+    "List the notebooks in reading order, the index last; it shows what the others make."
+    every = [p for p in sorted(NBS.rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
+    every.sort(key=lambda p: (p.stem == "index", p.parent != NBS, p.name))
+    unknown = set(names) - {p.stem for p in every}
+    if unknown:
+        sys.exit(f"no notebook {', '.join(sorted(unknown))}: wanted {', '.join(p.stem for p in every)}")
+    return [p for p in every if not names or p.stem in names]
+
+
+def run(path: Path) -> None:
+    "Execute a notebook in its own folder and save what it shows, progress bars left out."
+    notebook = nbformat.read(path, as_version=4)
+    ExecutePreprocessor(timeout=600, kernel_name="python3").preprocess(notebook, {"metadata": {"path": str(path.parent)}})
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
+    nbformat.write(notebook, path)
+    print(f"ran {path.relative_to(ROOT)}")
+
+
+def write_readme(root: Path) -> None:
+    "Render nbs/index.ipynb as README.md."
+    notebook = nbformat.read(root / "nbs" / "index.ipynb", as_version=4)
+    exporter = MarkdownExporter()
+    exporter.register_preprocessor(TagRemovePreprocessor(remove_input_tags={"hide-input"}), enabled=True)
+    text, resources = exporter.from_notebook_node(notebook)
+    if resources["outputs"]:
+        sys.exit("nbs/index.ipynb shows a picture as an output: show a file of nbs/showcase/ instead")
+    text = text.replace("](showcase/", "](nbs/showcase/")
+    text = re.sub(r"\]\((?!https?:|nbs/|#)([\w/]+\.ipynb)\)", r"](nbs/\1)", text)
+    text = re.sub(r"[ \t]+\n", "\n", re.sub(r"\n{3,}", "\n\n", text)).strip()
+    (root / "README.md").write_text(f"<!-- generated from nbs/index.ipynb: do not edit -->\n\n{text}\n", encoding="utf-8")
+
+
+def export(root: Path) -> None:
+    "Export the package, clean the notebooks and write README.md in the checkout `root`."
+    bin_folder = Path(sys.executable).parent
+    for command in ("nbdev_export", "nbdev_clean"):
+        subprocess.run([bin_folder / command], cwd=root, check=True)
+    write_readme(root)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", action="store_true")
+    parser.add_argument("names", nargs="*")
+    args = parser.parse_args()
+    export(ROOT)
+    if args.run:
+        os.environ["AGRIVISION_OUT"] = tempfile.mkdtemp()  # so that notebooks train anew
+        for notebook_path in find_notebooks(args.names):
+            run(notebook_path)
+        export(ROOT)
