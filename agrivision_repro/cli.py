@@ -92,7 +92,7 @@ def choose_tables(names: list[str]) -> list[str]:
 @app.command()
 def reproduce(
     tables: Annotated[list[str] | None, typer.Argument(help="Tables to make, in this order. None: all.")] = None,
-    scale: Annotated[str, typer.Option(help="smoke: seconds. laptop: minutes on two cores. paper: 25,000 iterations, a GPU.")] = "laptop",
+    scale: Annotated[str, typer.Option(help="smoke: seconds. laptop: minutes, two cores. paper: 25,000 iterations.")] = "laptop",
     data: Annotated[str, typer.Option(help="synthetic, naip-trees or agrivision-2020.")] = "synthetic",
     data_root: Annotated[str, typer.Option(help="Folder of the data; not needed for synthetic.")] = "",
     out: Annotated[str, typer.Option(help="Folder of all results; finished trainings in it are kept.")] = "out",

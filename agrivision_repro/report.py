@@ -20,12 +20,13 @@ from jinja2 import DictLoader, Environment
 from latex2mathml.converter import convert
 from matplotlib.figure import Figure
 from nbconvert import HTMLExporter
+from torch import nn
 
-from .batches import make_batch, scoring_loader
-from .data import Tile, as_panels
+from .batches import select_channels
+from .data import Tile, as_panels, unpack_labels
 from .paper import TABLE1
 from .pictures import paint_classes, show_panels
-from .runs import Result, Workspace
+from .runs import Result, Workspace, thin_out
 from .training import METRICS, Recipe
 
 # %% auto #0
@@ -117,26 +118,29 @@ def show_paper(value: float) -> str:
 # %% ../nbs/70_report.ipynb #cell-14
 @torch.no_grad()
 def predict_classes(
-    result: Result,
+    model: nn.Module,  # in evaluation mode, on the CPU
     tile: Tile,
     channels: str,  # what the model is shown: a key of `batches.CHANNELS`
-) -> np.ndarray:  # `(H, W)` int64, black-painted outside the valid pixels by the caller
+) -> np.ndarray:  # `(H, W)` int64
     "Predict the class of the largest logit at each pixel of one tile."
-    samples = next(iter(scoring_loader([tile])))
-    batch = make_batch(samples, channels, len(result.run.edition.classes))
-    return result.model()(batch.x).argmax(1)[0].numpy()
+    image = torch.from_numpy(tile.image)[None]
+    return model(select_channels(image, channels)).argmax(1)[0].numpy()
 
 
 def most_varied(
     tiles: Sequence[Tile],
+    n_classes: int,  # background included
     n: int,
 ) -> list[Tile]:
-    "Choose the tiles whose rarer classes are largest: most classes first, then least background."
-    def variety(tile: Tile) -> tuple[int, float]:
-        shown = tile.labels[tile.valid]
-        return len(np.unique(shown)), float((shown > 0).mean()) if shown.size else 0.0
-
-    return sorted(tiles, key=variety, reverse=True)[:n]
+    "Choose tiles one by one, each for the classes that the ones before it lack."
+    shares = np.array([unpack_labels(t.labels, n_classes)[:, t.valid].mean(1) if t.valid.any() else np.zeros(n_classes) for t in tiles])
+    shares, seen, chosen = shares.clip(max=0.05), np.zeros(n_classes), []  # 5 % of a tile is enough to see a class
+    for _ in range(min(n, len(tiles))):
+        gain = np.maximum(shares, seen).sum(1)
+        gain[chosen] = -1
+        chosen.append(int(gain.argmax()))
+        seen = np.maximum(seen, shares[chosen[-1]])
+    return [tiles[k] for k in chosen]
 
 
 def modality_picture(
@@ -145,16 +149,17 @@ def modality_picture(
     n_tiles: int = 3,
 ) -> Figure:
     "Draw RGB and NIR of validation tiles beside what both models predict from both."
-    models = [next(r for r in results if r.run.channels == c) for c in MODALITY]
-    rows = []
-    for tile in most_varied(workspace.val_tiles(models[0].run), n_tiles):
+    run, rows = results[0].run, []
+    models = {c: next(r for r in results if r.run.channels == c).model() for c in MODALITY}
+    candidates = thin_out(workspace.tiles(run, "val"), 200)
+    for tile in most_varied(candidates, len(run.edition.classes), n_tiles):
         row = as_panels(tile)
-        for result in models:
-            for channels, name in MODALITY.items():
-                classes = paint_classes(predict_classes(result, tile, channels)) * tile.valid[..., None]
-                row[f"{MODALITY[result.run.channels]} model on {name}"] = classes
+        for trained, model in models.items():
+            for shown, name in MODALITY.items():
+                classes = paint_classes(predict_classes(model, tile, shown))
+                row[f"{MODALITY[trained]} model on {name}"] = classes * tile.valid[..., None]
         rows.append(row)
-    return show_panels(rows, classes=models[0].run.edition.classes)
+    return show_panels(rows, classes=run.edition.classes)
 
 # %% ../nbs/70_report.ipynb #cell-17
 def to_markdown(
@@ -248,13 +253,16 @@ INDEX_PAGE = """<!doctype html>
 <title>agrivision_repro · report</title>
 <style>
 :root { color-scheme: light dark; --ink: #1d2733; --paper: #fff; --line: #d5dbe1; --soft: #f3f6f8; --note: #fff4d6; --link: #0b62a4; }
-@media (prefers-color-scheme: dark) { :root { --ink: #dfe6ec; --paper: #14191f; --line: #36414c; --soft: #1d242c; --note: #3b3316; --link: #7db9ef; } }
-body { margin: 0 auto; max-width: 66rem; padding: 1rem 1.2rem 4rem; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #dfe6ec; --paper: #14191f; --line: #36414c; --soft: #1d242c; --note: #3b3316; --link: #7db9ef; } }
+body { margin: 0 auto; max-width: 66rem; padding: 1rem 1.2rem 4rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.25; } h2 { margin-top: 2.6rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem; }
 a { color: var(--link); } .note { background: var(--note); padding: .7rem 1rem; border-radius: .4rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93rem; }
-th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem; text-align: right; vertical-align: top; } th[scope=row], td:first-child { text-align: left; }
-thead th { background: var(--soft); border-top: 2px solid var(--ink); } img { max-width: 100%; height: auto; background: #fff; border-radius: .3rem; }
+th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem; text-align: right; vertical-align: top; }
+th[scope=row], td:first-child { text-align: left; } thead th { background: var(--soft); border-top: 2px solid var(--ink); }
+img { max-width: 100%; height: auto; background: #fff; border-radius: .3rem; }
 figure { margin: 1.2rem 0; } figcaption, .small { font-size: .88rem; opacity: .85; }
 </style></head><body>
 <h1>Reducing the feature divergence of RGB and near-infrared images using Switchable Normalization</h1>
@@ -263,11 +271,12 @@ figure { margin: 1.2rem 0; } figcaption, .small { font-size: .88rem; opacity: .8
 <p>{{ s.question }}</p>
 <p class="note">{{ s.banner }}</p>
 <div class="wide">{{ s.table }}</div>
-<p class="small">Mean IoU in %, {{ s.n_val }} validation tiles, last checkpoint, no test-time augmentation; {{ s.n_seeds }}. Not the paper's data or
-schedule unless the note says so; the paper's numbers stand in columns of their own.</p>
-<figure><img alt="{{ s.alt }}" src="data:image/png;base64,{{ s.picture }}"><figcaption>{{ s.alt }} Data: {{ s.credit }}.</figcaption></figure>
-<p><a href="{{ s.name }}.html">The executed notebook</a> · <a href="{{ s.name }}.csv">CSV</a> · <a href="{{ s.name }}.md">Markdown</a> ·
-<a href="{{ s.name }}.png">PNG</a> · <a href="{{ s.name }}.ipynb">ipynb</a></p></section>
+<p class="small">Mean IoU in %, {{ s.n_val }} validation tiles, last checkpoint, no test-time augmentation; {{ s.n_seeds }}.
+Not the paper's data or schedule unless the note says so; the paper's numbers stand in columns of their own.</p>
+<figure><img alt="{{ s.alt }}" src="data:image/png;base64,{{ s.picture }}">
+<figcaption>{{ s.alt }} Data: {{ s.credit }}.</figcaption></figure>
+<p><a href="{{ s.name }}.html">The executed notebook</a> · <a href="{{ s.name }}.csv">CSV</a> ·
+<a href="{{ s.name }}.md">Markdown</a> · <a href="{{ s.name }}.png">PNG</a> · <a href="{{ s.name }}.ipynb">ipynb</a></p></section>
 {% endfor %}<section><h2>Where the numbers come from</h2><div class="wide">{{ origin }}</div></section>
 </body></html>
 """

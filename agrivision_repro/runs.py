@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,13 +25,14 @@ from safetensors.torch import load_file, save_file
 
 import agrivision_repro
 from .batches import CHANNELS, keep_in_memory
-from .data import Edition, Tile, Tiles, find_edition, fingerprint, open_tiles
+from .data import Edition, Tile, find_edition, fingerprint, open_tiles
 from .deeplab import DeepLabV3Plus
 from .losses import HybridLoss
 from .synthetic import Farmland, write_farmland
 from agrivision_repro.training import (
     Recipe,
     Trainer,
+    check_device,
     fit,
     history_table,
     load_state,
@@ -58,7 +60,7 @@ SCALES = {
         Farmland(size=64, train_fields=2, val_fields=1, test_fields=1),
     ),
     "laptop": Scale(  # a minute or two a training on two cores
-        Recipe(16, 112, 272, lr=0.03, batch_size=16, crop=64, width=1 / 4, is_pretrained=False, max_val_tiles=100),
+        Recipe(20, 140, 340, lr=0.1, batch_size=4, crop=128, width=1 / 4, is_pretrained=False, max_val_tiles=100),
         Farmland(size=128, train_fields=40, val_fields=10, test_fields=1),
     ),
     "paper": Scale(Recipe(), Farmland(size=512, train_fields=400, val_fields=100, test_fields=10)),
@@ -212,24 +214,33 @@ class Workspace:
     ):
         self.out = Path(out).expanduser().resolve() if out else default_out()
         self.data_root = Path(data_root).expanduser().resolve() if data_root else None
-        self.device = device
+        self.device = check_device(device)
+        self.read, self.identify = lru_cache(maxsize=4)(self.read), lru_cache(self.identify)  # once a workspace
 
-    def tiles(self, run: Run, split: str) -> Tiles:
-        "Open a split of a Run's data, making it first where it is synthetic."
-        if run.farm is not None:
-            name = hashlib.sha256(repr(run.farm).encode()).hexdigest()[:8]
-            return open_tiles(run.data, write_farmland(self.out / "data" / f"farmland-{name}", run.farm), split)
+    def root(self, data: str, farm: Farmland | None) -> Path:
+        "Find the folder of a data set, making it first where it is synthetic."
+        if farm is not None:
+            name = hashlib.sha256(repr(farm).encode()).hexdigest()[:8]
+            return write_farmland(self.out / "data" / f"farmland-{name}", farm)
         if self.data_root is None:
-            raise ValueError(f"data is {run.data!r}, which is not shipped: name its folder with --data-root (data_root)")
-        return open_tiles(run.data, self.data_root, split)
+            raise ValueError(f"data is {data!r}, which is not shipped: name its folder with --data-root (data_root)")
+        return self.data_root
 
-    def val_tiles(self, run: Run) -> Sequence[Tile]:
-        "Open the validation tiles that a Run is scored on."
-        return keep_in_memory(thin_out(self.tiles(run, "val"), run.recipe.max_val_tiles))
+    def identify(self, data: str, farm: Farmland | None) -> str:
+        "Fingerprint the splits that trainings use."
+        return fingerprint([open_tiles(data, self.root(data, farm), split) for split in ("train", "val")])
+
+    def read(self, data: str, farm: Farmland | None, split: str, limit: int) -> Sequence[Tile]:
+        "Read a split, whole where it fits into memory."
+        return keep_in_memory(thin_out(open_tiles(data, self.root(data, farm), split), limit))
+
+    def tiles(self, run: Run, split: str) -> Sequence[Tile]:
+        "Give the tiles that a Run is trained on (`train`) or scored on (`val`)."
+        return self.read(run.data, run.farm, split, run.recipe.max_val_tiles if split == "val" else 0)
 
     def folder(self, run: Run) -> Path:
         "Name the folder of a Run."
-        return self.out / "runs" / run_id(run, fingerprint([self.tiles(run, split) for split in ("train", "val")]))
+        return self.out / "runs" / run_id(run, self.identify(run.data, run.farm))
 
     def finished(self, run: Run) -> Result | None:
         "Read a finished Run; None if it is not."
@@ -242,6 +253,8 @@ class Workspace:
     def result(self, run: Run, title: str = "") -> Result:
         "Give a finished Run, training it first if need be; of two processes one trains and the other waits."
         if self.finished(run) is None:
+            for split in ("train", "val"):
+                self.tiles(run, split)  # a bad file is found before anything is written
             folder = self.folder(run)
             folder.mkdir(parents=True, exist_ok=True)
             with hold(folder / ".lock"):
@@ -279,8 +292,7 @@ def resume_trainer(run: Run, state: Path, device: str) -> Trainer:
 def train_run(run: Run, workspace: Workspace, folder: Path, title: str) -> None:
     "Train and score a Run, and leave its folder finished."
     began, n_classes = time.monotonic(), len(run.edition.classes)
-    tiles = keep_in_memory(workspace.tiles(run, "train"))
-    val_tiles = workspace.val_tiles(run)
+    tiles, val_tiles = (workspace.tiles(run, split) for split in ("train", "val"))
     state = folder / "state" / "state.safetensors"
     trainer = resume_trainer(run, state, workspace.device)
     record = {"run": asdict(run), "title": run.title, **provenance(trainer.accelerator.device)}

@@ -18,14 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .batches import Batch, SampleStream, Sample, make_batch, scoring_loader, training_loader
+from .batches import Batch, SampleStream, make_batch, scoring_loader, training_loader
 from .data import Tile
 from .losses import HybridLoss
 from .metrics import ChallengeIoU, CountingIoU, MultilabelIoU, background_only
 
 # %% auto #0
-__all__ = ['HISTORY', 'SAVE_EVERY', 'LOG_EVERY', 'METRICS', 'Recipe', 'learning_rate', 'has_bf16', 'make_accelerator', 'Trainer',
-           'history_table', 'save_state', 'load_state', 'fit', 'check_finite', 'score', 'summarise']
+__all__ = ['HISTORY', 'SAVE_EVERY', 'LOG_EVERY', 'METRICS', 'Recipe', 'learning_rate', 'has_bf16', 'check_device',
+           'make_accelerator', 'Trainer', 'history_table', 'save_state', 'load_state', 'fit', 'check_finite', 'score',
+           'summarise']
 
 # %% ../nbs/50_training.ipynb #cell-05
 @dataclass(frozen=True)
@@ -70,12 +71,18 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def check_device(device: str) -> str:
+    "Raise a `ValueError` unless the device is one that can be asked for."
+    if device not in ("auto", "cpu"):
+        raise ValueError(f"device is {device!r}: wanted auto or cpu (choose among GPUs with CUDA_VISIBLE_DEVICES)")
+    return device
+
+
 def make_accelerator(
     device: str = "auto",  # "auto": a GPU if there is one; "cpu"
 ) -> Accelerator:
     "Choose device and precision."
-    if device not in ("auto", "cpu"):
-        raise ValueError(f"device is {device!r}: wanted auto or cpu (choose among GPUs with CUDA_VISIBLE_DEVICES)")
+    check_device(device)
     is_cpu = device == "cpu" or not torch.accelerator.is_available()
     chosen = torch.device("cpu") if is_cpu else torch.accelerator.current_accelerator()
     return Accelerator(cpu=is_cpu, mixed_precision="bf16" if has_bf16(chosen) else "no")

@@ -1,0 +1,135 @@
+"A user's mistake is one line that names it and its remedy, an exit code, and nothing half-written."
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from agrivision_repro.synthetic import Farmland, write_farmland
+
+BIN = Path(sys.executable).parent
+
+
+def agrivision(*words, cwd=None):
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    return subprocess.run([BIN / "agrivision", *map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def mistake(done, *contains):
+    "The command failed with one line that says all of `contains`."
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("agrivision: "), done.stderr
+    for words in contains:
+        assert words in lines[0]
+
+
+@pytest.fixture(scope="module")
+def farm(tmp_path_factory):
+    return write_farmland(tmp_path_factory.mktemp("farm") / "farm", Farmland(64, 2, 1, 1))
+
+
+@pytest.fixture
+def tree(farm, tmp_path):
+    return shutil.copytree(farm, tmp_path / "tree")
+
+
+def smoke(out, root):
+    words = ["--scale", "smoke", "--device", "cpu", "--data", "agrivision-2020", "--data-root", root, "--out", out]
+    return agrivision("reproduce", *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "contains"),
+    [
+        (["--sclae", "smoke"], ["--sclae"]),
+        (["--scale", "huge"], ["scale is 'huge'", "smoke, laptop, paper"]),
+        (["--data", "agrivision"], ["data is 'agrivision'", "naip-trees"]),
+        (["--seeds", "1,x"], ["seeds are '1,x'"]),
+        (["-p", "lamda2=0"], ["unknown parameter 'lamda2=0'", "lambda2"]),
+        (["-p", "lambda2=much"], ["wanted float"]),
+        (["table7"], ["no table table7", "table1_modality"]),
+        (["--device", "tpu"], ["device is 'tpu'"]),
+        (["--data", "naip-trees"], ["--data-root"]),
+        (["--data", "naip-trees", "--data-root", "/nowhere/at/all"], ["/nowhere/at/all is not a folder"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith(("-", "table")) else "",
+)
+def test_bad_parameter(words, contains, tmp_path):
+    out = tmp_path / "out"
+    mistake(agrivision("reproduce", "--scale", "smoke", "--out", out, *words), *contains)
+    assert not out.exists()
+
+
+def test_another_layout(tmp_path, farm):
+    (tmp_path / "data" / "pictures").mkdir(parents=True)
+    out = tmp_path / "out"
+    mistake(smoke(out, tmp_path / "data"), "lacks train/images/rgb", "it holds: pictures")
+    assert not out.exists()
+
+
+def plant(tree, fault):
+    "Damage one NIR image, or a label folder; give the words that must name it."
+    nir = sorted((tree / "train/images/nir").glob("*.jpg"))[3]
+    if fault == "absent":
+        nir.unlink()
+    elif fault == "truncated":
+        nir.write_bytes(nir.read_bytes()[:200])
+    elif fault == "size":
+        Image.new("L", (32, 64)).save(nir)
+    elif fault == "colour":
+        Image.new("RGB", (64, 64)).save(nir)
+    elif fault == "labels":
+        shutil.rmtree(tree / "train/labels/waterway")
+        return "train/labels/waterway"
+    return str(nir)
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("absent", "is missing: unpack it again"),
+        ("truncated", "cannot be read"),
+        ("size", "is 64×32 pixels, but the tile's RGB image is 64×64"),
+        ("colour", "wanted L bytes"),
+        ("labels", "lacks train/labels/waterway"),
+    ],
+)
+def test_bad_data(fault, says, tree, tmp_path):
+    name = plant(tree, fault)
+    out = tmp_path / "out"
+    mistake(smoke(out, tree), name, says)
+    assert not out.exists()
+
+
+def test_killed_and_started_again(tmp_path):
+    "SIGKILL in the second training: the first is not repeated, and the report is made."
+    out = tmp_path / "out"
+    words = [BIN / "agrivision", "reproduce", "--scale", "smoke", "--device", "cpu", "--out", out]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while len(list(out.glob("runs/*/run.json"))) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    finished = {p.parent.name: p.stat().st_mtime_ns for p in out.glob("runs/*/scores.json")}
+    assert len(finished) == 1
+    assert not (out / "index.html").exists()
+    assert agrivision(*words[1:]).returncode == 0
+    again = {p.parent.name: p.stat().st_mtime_ns for p in out.glob("runs/*/scores.json")}
+    assert len(again) == 2 and finished.items() <= again.items()
+    page = (out / "index.html").read_text()
+    assert "<script" not in page and "src=\"http" not in page and "27.76" in page
+
+
+def test_runs_from_any_folder(tmp_path):
+    "The notebook is found, and relative --out is the caller's."
+    done = agrivision("reproduce", "--scale", "smoke", "--device", "cpu", "--out", "here", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "here" / "index.html").is_file()
+    assert done.stdout.strip() == f"report: {tmp_path / 'here' / 'index.html'}"

@@ -1,0 +1,99 @@
+"The traps of nbdev, papermill and working directories, each closed."
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+MODULES = sorted((ROOT / "nbs").glob("*.ipynb"))
+TABLE_NOTEBOOKS = sorted((ROOT / "nbs" / "tables").glob("*.ipynb"))
+
+
+def stem(path):
+    return path.stem
+
+
+@pytest.mark.parametrize("path", TABLE_NOTEBOOKS, ids=stem)
+def test_table_notebook_has_one_parameters_cell(path):
+    "Without the tag papermill only warns, and the notebook's own defaults win."
+    notebook = nbformat.read(path, as_version=4)
+    tagged = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    assert len(tagged) == 1 and tagged[0].cell_type == "code"
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert len(notebook.cells) <= 8
+
+
+@pytest.mark.parametrize("path", TABLE_NOTEBOOKS, ids=stem)
+def test_parameters_are_typed_explained_and_known(path):
+    from agrivision_repro.tables import TABLES, known_parameters
+
+    parameters = papermill.inspect_notebook(str(path))
+    assert set(parameters) == known_parameters(TABLES[path.stem])
+    for name, parameter in parameters.items():
+        assert parameter["inferred_type_name"] != "None", f"{name} has no type"
+        assert len(parameter["help"]) > 10, f"{name} has no explanation"
+        ast.literal_eval(parameter["default"])
+
+
+def test_nbdev_clean_keeps_the_parameters_tag(tmp_path):
+    "nbdev_clean strips cell metadata unless settings.ini allows it: without those lines this fails."
+    for name in ("settings.ini", "pyproject.toml"):
+        shutil.copy2(ROOT / name, tmp_path / name)
+    folder = tmp_path / "nbs" / "tables"
+    folder.mkdir(parents=True)
+    shutil.copytree(ROOT / "agrivision_repro", tmp_path / "agrivision_repro")
+    shutil.copy2(TABLE_NOTEBOOKS[0], folder)
+    subprocess.run([BIN / "nbdev_clean"], cwd=tmp_path, check=True)
+    cells = nbformat.read(folder / TABLE_NOTEBOOKS[0].name, as_version=4).cells
+    assert [c.metadata.tags for c in cells if c.metadata.get("tags")] == [["parameters"]]
+
+
+def test_papermill_with_an_unknown_parameter_fails(tmp_path):
+    "papermill sets any name that it is given; the notebook itself refuses one that it does not know."
+    with pytest.raises(papermill.PapermillExecutionError, match="unknown parameter lamda2: this notebook knows"):
+        papermill.execute_notebook(
+            str(TABLE_NOTEBOOKS[0]), str(tmp_path / "out.ipynb"), {"lamda2": 0.0}, kernel_name="python3", progress_bar=False
+        )
+    assert not (tmp_path / "runs").exists()
+
+
+def test_results_land_in_one_place_from_any_folder(tmp_path):
+    "JupyterLab starts a notebook in its own folder, papermill in the caller's: the default does not depend on it."
+    script = "from agrivision_repro.runs import default_out; print(default_out())"
+    environment = {k: v for k, v in os.environ.items() if k != "AGRIVISION_OUT"}
+    places = {
+        subprocess.run([sys.executable, "-c", script], cwd=cwd, env=environment, capture_output=True, text=True, check=True).stdout
+        for cwd in (ROOT, ROOT / "nbs" / "tables", tmp_path)
+    }
+    assert places == {f"{ROOT / 'out'}\n"}
+
+
+@pytest.mark.parametrize("path", MODULES + TABLE_NOTEBOOKS, ids=stem)
+def test_notebook_is_small_and_shows_its_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    assert len(notebook.cells) <= 80 and path.stat().st_size <= 300_000
+    assert any(c.outputs for c in code), "no saved output: run make notebooks"
+    assert not any("skip_exec" in c.source or "eval: false" in c.source for c in notebook.cells)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=stem)
+def test_cells_are_short(path):
+    "At most 25 lines, but for one class or table of constants a cell."
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type != "code":
+            continue
+        lines = [line for line in cell.source.splitlines() if line.strip()]
+        body = ast.parse("\n".join(line for line in lines if not line.startswith("%"))).body
+        functions = [n for n in ast.walk(ast.Module(body, [])) if isinstance(n, ast.FunctionDef)]
+        for function in functions:
+            first = function.body[0].lineno  # the signature's parameter comments do not count
+            assert function.end_lineno - first < 25, f"{path.stem}: {function.name} is too long"
