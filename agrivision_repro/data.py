@@ -22,7 +22,7 @@ from .pictures import paint_classes
 # %% auto #0
 __all__ = ['BANDS', 'AGRIVISION_2020', 'TREE_RADIUS', 'EDITIONS', 'Tile', 'pack_labels', 'unpack_labels', 'decode', 'read_image',
            'Tiles', 'need_folders', 'AgricultureVision', 'draw_disks', 'UrbanTrees', 'Edition', 'find_edition',
-           'open_tiles', 'fingerprint', 'as_panels']
+           'open_tiles', 'fingerprint', 'paint_labels', 'as_panels']
 
 # %% ../nbs/10_data.ipynb #cell-05
 @dataclass(frozen=True)
@@ -280,10 +280,18 @@ def fingerprint(
     return digest.hexdigest()[:12]
 
 # %% ../nbs/10_data.ipynb #cell-33
+def paint_labels(
+    bits: np.ndarray,  # label bits, `(H, W)` uint8
+    valid: np.ndarray,  # `(H, W)` bool
+) -> np.ndarray:  # `(H, W, 3)` uint8
+    "Paint a pixel in the colour of its highest class; black where it is not valid."
+    highest = np.frexp(bits.astype(np.float32))[1]  # the binary exponent: 0 for 0, k for bit k - 1
+    return paint_classes(highest) * valid[..., None]
+
+
 def as_panels(
     tile: Tile,
 ) -> dict[str, np.ndarray]:  # title → array, for `show_panels`
-    "Give RGB, NIR and labels of a tile; of several labels the highest class is seen, invalid pixels are black."
-    highest = np.where(tile.labels == 0, 0, np.frexp(tile.labels.astype(np.float32))[1])
-    labels = paint_classes(highest) * tile.valid[..., None]
+    "Give RGB, NIR and labels of a tile as pictures."
+    labels = paint_labels(tile.labels, tile.valid)
     return {"RGB": tile.image[:3].transpose(1, 2, 0), "NIR": tile.image[3], "labels": labels}

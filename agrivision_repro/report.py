@@ -23,15 +23,15 @@ from nbconvert import HTMLExporter
 from torch import nn
 
 from .batches import select_channels
-from .data import Tile, as_panels, unpack_labels
+from .data import Tile, as_panels, pack_labels, paint_labels, unpack_labels
 from .paper import TABLE1
-from .pictures import paint_classes, show_panels
+from .pictures import show_panels
 from .runs import Result, Workspace, thin_out
 from .training import METRICS, Recipe
 
 # %% auto #0
 __all__ = ['MODALITY', 'METRIC', 'NOTEBOOK_PAGE', 'MATH', 'INDEX_PAGE', 'banner_text', 'banner', 'modality_scores', 'spread',
-           'show_score', 'modality_table', 'show_paper', 'predict_classes', 'most_varied', 'modality_picture',
+           'show_score', 'modality_table', 'show_paper', 'predict_labels', 'most_varied', 'modality_picture',
            'to_markdown', 'save_table', 'save_picture', 'stash_math', 'notebook_page', 'notebook_title', 'html_table',
            'origin_table', 'report_section', 'write_report']
 
@@ -107,8 +107,8 @@ def modality_table(
             here[title, "Perf. decay"] = show_score(cells.loc[trained, "mean"] - cells.loc[other, "mean"])
             papers[title, "Perf. decay"] = show_paper(cells.loc[trained, "paper"] - cells.loc[other, "paper"])
             here[title, "All background"], papers[title, "All background"] = show_score(cells.loc[trained, "floor"]), "–"
-        columns |= {f"Train on {name}": here, f"Paper: train on {name}": papers}
-    return pd.DataFrame(columns)[[*(f"Train on {n}" for n in MODALITY.values()), *(f"Paper: train on {n}" for n in MODALITY.values())]]
+        columns |= {f"Here: train on {name}": here, f"Paper: train on {name}": papers}
+    return pd.DataFrame(columns)[[*(f"Here: train on {n}" for n in MODALITY.values()), *(f"Paper: train on {n}" for n in MODALITY.values())]]
 
 
 def show_paper(value: float) -> str:
@@ -117,14 +117,15 @@ def show_paper(value: float) -> str:
 
 # %% ../nbs/70_report.ipynb #cell-14
 @torch.no_grad()
-def predict_classes(
+def predict_labels(
     model: nn.Module,  # in evaluation mode, on the CPU
     tile: Tile,
     channels: str,  # what the model is shown: a key of `batches.CHANNELS`
-) -> np.ndarray:  # `(H, W)` int64
-    "Predict the class of the largest logit at each pixel of one tile."
+) -> np.ndarray:  # label bits, `(H, W)` uint8
+    "Predict every anomaly whose logit is positive, as the multi-label metric counts it."
     image = torch.from_numpy(tile.image)[None]
-    return model(select_channels(image, channels)).argmax(1)[0].numpy()
+    logits = model(select_channels(image, channels))[0]
+    return pack_labels(list((logits[1:] > 0).numpy()))
 
 
 def most_varied(
@@ -156,8 +157,8 @@ def modality_picture(
         row = as_panels(tile)
         for trained, model in models.items():
             for shown, name in MODALITY.items():
-                classes = paint_classes(predict_classes(model, tile, shown))
-                row[f"{MODALITY[trained]} model on {name}"] = classes * tile.valid[..., None]
+                labels = predict_labels(model, tile, shown)
+                row[f"{MODALITY[trained]} model on {name}"] = paint_labels(labels, tile.valid)
         rows.append(row)
     return show_panels(rows, classes=run.edition.classes)
 
@@ -325,7 +326,7 @@ def report_section(
         "credit": escape(results[0].run.edition.credit), "n_val": results[0].record["n_val"],
         "n_seeds": "one seed, so no spread is known" if n_seeds == 1 else f"mean ± standard deviation of {n_seeds} seeds",
         "picture": base64.b64encode((out / f"{name}.png").read_bytes()).decode(),
-        "alt": "RGB, near-infrared and labels of validation tiles beside the classes that each model predicts from each modality.",
+        "alt": "RGB, near-infrared and labels of validation tiles beside what each model says yes to in each modality; of several classes the highest is seen.",
     }  # fmt: skip
 
 
