@@ -27,7 +27,7 @@ test: $(VENV)/.ready
 	$(BIN)/python -m pytest -q
 
 reproduce: $(VENV)/.ready
-	$(BIN)/agrivision reproduce $(TABLES) --scale $(SCALE) --data $(DATA) --data-root "$(DATA_ROOT)" --out $(OUT) --seeds $(SEEDS) --device $(DEVICE)
+	$(BIN)/agrivision reproduce $(TABLES) --scale $(SCALE) --data $(DATA) --data-root "$(DATA_ROOT)" --out "$(OUT)" --seeds "$(SEEDS)" --device $(DEVICE)
 
 notebooks: $(VENV)/.ready
 	$(BIN)/python tools/export.py --run

@@ -108,7 +108,7 @@ def modality_table(
             papers[title, "Perf. decay"] = show_paper(cells.loc[trained, "paper"] - cells.loc[other, "paper"])
             here[title, "All background"], papers[title, "All background"] = show_score(cells.loc[trained, "floor"]), "–"
         columns |= {f"Here: train on {name}": here, f"Paper: train on {name}": papers}
-    return pd.DataFrame(columns)[[*(f"Here: train on {n}" for n in MODALITY.values()), *(f"Paper: train on {n}" for n in MODALITY.values())]]
+    return pd.DataFrame(columns)[sorted(columns, key=lambda name: name.startswith("Paper"))]
 
 
 def show_paper(value: float) -> str:
@@ -326,7 +326,8 @@ def report_section(
         "credit": escape(results[0].run.edition.credit), "n_val": results[0].record["n_val"],
         "n_seeds": "one seed, so no spread is known" if n_seeds == 1 else f"mean ± standard deviation of {n_seeds} seeds",
         "picture": base64.b64encode((out / f"{name}.png").read_bytes()).decode(),
-        "alt": "RGB, near-infrared and labels of validation tiles beside what each model says yes to in each modality; of several classes the highest is seen.",
+        "alt": "RGB, near-infrared and labels of validation tiles beside what each model says yes to in each modality; "
+        "of several classes the highest is seen.",
     }  # fmt: skip
 
 
