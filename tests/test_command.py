@@ -1,6 +1,5 @@
 "A user's mistake is one line that names it and its remedy, an exit code, and nothing half-written."
 
-import os
 import shutil
 import subprocess
 import sys
@@ -10,23 +9,33 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from agrivision_repro.cli import main
 from agrivision_repro.synthetic import Farmland, write_farmland
 
 BIN = Path(sys.executable).parent
 
 
 def agrivision(*words, cwd=None):
-    environment = os.environ | {"OMP_NUM_THREADS": "2"}
-    return subprocess.run([BIN / "agrivision", *map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True)
+    "Run the command as a user does."
+    return subprocess.run([BIN / "agrivision", *map(str, words)], cwd=cwd, capture_output=True, text=True)
 
 
-def mistake(done, *contains):
-    "The command failed with one line that says all of `contains`."
-    assert done.returncode == 2, done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("agrivision: "), done.stderr
-    for words in contains:
-        assert words in lines[0]
+@pytest.fixture
+def mistake(monkeypatch, capsys):
+    "Run the command in this process: it must fail with one line that says all of `contains`, and write nothing."
+
+    def run(out, *words, contains):
+        monkeypatch.setattr(sys, "argv", ["agrivision", "reproduce", "--device", "cpu", "--out", str(out), *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        printed = capsys.readouterr().err
+        lines = [line for line in printed.splitlines() if line]
+        assert stop.value.code == 2, printed
+        assert len(lines) == 1 and lines[0].startswith("agrivision: "), printed
+        assert all(words in lines[0] for words in contains), printed
+        assert not out.exists()
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +48,7 @@ def tree(farm, tmp_path):
     return shutil.copytree(farm, tmp_path / "tree")
 
 
-def smoke(out, root):
-    words = ["--scale", "smoke", "--device", "cpu", "--data", "agrivision-2020", "--data-root", root, "--out", out]
-    return agrivision("reproduce", *words)
+REAL = ["--scale", "smoke", "--data", "agrivision-2020", "--data-root"]
 
 
 @pytest.mark.parametrize(
@@ -60,17 +67,13 @@ def smoke(out, root):
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith(("-", "table")) else "",
 )
-def test_bad_parameter(words, contains, tmp_path):
-    out = tmp_path / "out"
-    mistake(agrivision("reproduce", "--scale", "smoke", "--out", out, *words), *contains)
-    assert not out.exists()
+def test_bad_parameter(words, contains, tmp_path, mistake):
+    mistake(tmp_path / "out", "--scale", "smoke", *words, contains=contains)
 
 
-def test_another_layout(tmp_path, farm):
+def test_another_layout(tmp_path, mistake):
     (tmp_path / "data" / "pictures").mkdir(parents=True)
-    out = tmp_path / "out"
-    mistake(smoke(out, tmp_path / "data"), "lacks train/images/rgb", "it holds: pictures")
-    assert not out.exists()
+    mistake(tmp_path / "out", *REAL, tmp_path / "data", contains=["lacks train/images/rgb", "it holds: pictures"])
 
 
 def plant(tree, fault):
@@ -100,11 +103,15 @@ def plant(tree, fault):
         ("labels", "lacks train/labels/waterway"),
     ],
 )
-def test_bad_data(fault, says, tree, tmp_path):
+def test_bad_data(fault, says, tree, tmp_path, mistake):
     name = plant(tree, fault)
-    out = tmp_path / "out"
-    mistake(smoke(out, tree), name, says)
-    assert not out.exists()
+    mistake(tmp_path / "out", *REAL, tree, contains=[name, says])
+
+
+def test_a_mistake_in_the_shell():
+    "The same through the installed command."
+    done = agrivision("reproduce", "--sclae", "smoke")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--sclae" in done.stderr
 
 
 def test_killed_and_started_again(tmp_path):
