@@ -142,7 +142,7 @@ def provenance(device: torch.device) -> dict:  # plain strings and numbers
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return {
         "commit": git("rev-parse", "HEAD"),
-        "is_dirty": bool(git("status", "--porcelain")),
+        "is_dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
         "versions": {p: version(p) for p in ("agrivision_repro", "torch", "torchvision", "timm", "accelerate", "numpy")},
         "python": platform.python_version(),
         "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
