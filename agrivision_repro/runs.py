@@ -13,7 +13,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import version
@@ -269,15 +270,19 @@ class Workspace:
         return [done[run] for run in runs]
 
 # %% ../nbs/60_runs.ipynb #cell-22
-def hold(path: Path) -> FileLock:  # acquired; a context manager
-    "Take a lock, saying so if another process has it. A killed process holds none."
+@contextmanager
+def hold(path: Path) -> Iterator[None]:
+    "Hold a lock, saying so if another process has it. A killed process holds none."
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         print(f"another process trains the Run of {path.parent}: waiting for it", file=sys.stderr)
         lock.acquire()
-    return lock
+    try:
+        yield
+    finally:
+        lock.release()
 
 # %% ../nbs/60_runs.ipynb #cell-24
 def resume_trainer(run: Run, state: Path, device: str) -> Trainer:

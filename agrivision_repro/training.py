@@ -167,7 +167,7 @@ def load_state(
         trainer.optimizer.state[parameter]["momentum_buffer"] = momentum
 
 # %% ../nbs/50_training.ipynb #cell-19
-SAVE_EVERY = 100  # iterations between states
+SAVE_EVERY = 250  # iterations between states, of which the paper's model writes half a gigabyte
 LOG_EVERY = 10  # iterations between looks at the loss, which make a GPU wait
 
 
