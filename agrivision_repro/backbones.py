@@ -6,24 +6,33 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import pickle
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.error import URLError
 
 import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from .norms import InstanceBatchNorm2d, SwitchNorm2d
 
 # %% auto #0
-__all__ = ['NORMS', 'FIRST_NORM', 'DILATION', 'TORCHVISION', 'IBN_NET', 'IMAGENET_URLS', 'swap_norms', 'set_multigrid',
-           'widen_stem', 'create_backbone', 'fetch_checkpoint', 'LoadReport', 'load_matching', 'load_imagenet']
+__all__ = ['DEPTHS', 'NORMS', 'FIRST_NORM', 'DILATIONS', 'MULTIGRID', 'TORCHVISION', 'IBN_NET', 'IMAGENET_URLS', 'INPUT',
+           'TIMM_NAMES', 'default_cfgs', 'swap_norms', 'check_choice', 'last_activation', 'add_norm_after_addition',
+           'use_public_name', 'use_own_name', 'set_multigrid', 'widen_stem', 'fetch_checkpoint', 'read_tensors',
+           'LoadReport', 'load_matching', 'load_imagenet', 'make_resnet', 'create_backbone', 'make_entry']
 
 # %% ../nbs/22_backbones.ipynb #cell-05
+DEPTHS = (18, 26, 34, 50, 101)  # 50 and 101 are the paper's; 18 and 34 have basic blocks
 NORMS = ("bn", "ibn_a", "ibn_b", "ibn_s")
 FIRST_NORM = {"ibn_a": InstanceBatchNorm2d, "ibn_s": SwitchNorm2d}  # replaces bn1 in layers 1 to 3
 
@@ -33,32 +42,71 @@ def swap_norms(
     norm: str,  # one of `NORMS`
 ) -> ResNet:
     "Put the norms of an IBN variant into a timm ResNet."
-    if norm not in NORMS:
-        raise ValueError(f"norm is {norm!r}: wanted one of {', '.join(NORMS)}")
+    check_choice("norm", norm, NORMS)
     if norm in FIRST_NORM:
         for block in (*resnet.layer1, *resnet.layer2, *resnet.layer3):
             block.bn1 = FIRST_NORM[norm](block.bn1.num_features)
     if norm == "ibn_b":
         resnet.bn1 = nn.InstanceNorm2d(resnet.bn1.num_features, affine=True)
-        for block in (resnet.layer1[-1], resnet.layer2[-1]):
-            after_addition = nn.InstanceNorm2d(block.bn3.num_features, affine=True)
-            block.act3 = nn.Sequential(OrderedDict(IN=after_addition, act=block.act3))
+        for stage, info in zip((resnet.layer1, resnet.layer2), resnet.feature_info[1:], strict=False):
+            add_norm_after_addition(stage[-1], info["num_chs"])
     return resnet
+
+
+def check_choice(name: str, got: object, allowed: tuple) -> None:
+    "Raise ValueError with what came and what was wanted."
+    if got not in allowed:
+        raise ValueError(f"{name} is {got!r}: wanted one of {', '.join(map(str, allowed))}")
 
 # %% ../nbs/22_backbones.ipynb #cell-07
+def last_activation(block: nn.Module) -> str:
+    "Name the ReLU after a block's addition."
+    return "act3" if hasattr(block, "act3") else "act2"
+
+
+def add_norm_after_addition(block: nn.Module, channels: int) -> None:
+    "Put IBN-b's instance norm before the last ReLU of a block, as `IN` in its state dict."
+    name = last_activation(block)
+    steps = OrderedDict(IN=nn.InstanceNorm2d(channels, affine=True), act=getattr(block, name))
+    setattr(block, name, nn.Sequential(steps))
+    block.register_state_dict_post_hook(use_public_name)
+    block.register_load_state_dict_pre_hook(use_own_name)
+
+
+def use_public_name(block: nn.Module, state: dict, prefix: str, _metadata: dict) -> None:
+    "Save `act3.IN.weight` as `IN.weight`."
+    for key in ("weight", "bias"):
+        state[f"{prefix}IN.{key}"] = state.pop(f"{prefix}{last_activation(block)}.IN.{key}")
+
+
+def use_own_name(block: nn.Module, state: dict, prefix: str, *_rest: object) -> None:
+    "Load `IN.weight` into `act3.IN.weight`."
+    for key in ("weight", "bias"):
+        if f"{prefix}IN.{key}" in state:
+            state[f"{prefix}{last_activation(block)}.IN.{key}"] = state.pop(f"{prefix}IN.{key}")
+
+# %% ../nbs/22_backbones.ipynb #cell-11
+DILATIONS = {16: (1, 2), 8: (2, 4)}  # output stride → dilations of layers 3 and 4
+MULTIGRID = (1, 2, 4)  # the authors' factors of layer 4's blocks
+
+
 def set_multigrid(
-    resnet: ResNet,  # changed in place; made with output stride 8 or 16
-    grid: tuple[int, ...] = (1, 2, 4),  # factor of each block of layer 4; (1, 1, 1): off
-    dilation: int = 2,  # of layer 4: 2 at output stride 16, 4 at 8
+    resnet: ResNet,  # changed in place; made by timm with this output stride
+    grid: tuple[int, ...] = MULTIGRID,  # factor of each block of layer 4; all 1: off
+    output_stride: int = 16,  # 16 or 8
 ) -> ResNet:
-    "Dilate the 3×3 convolutions of the last stage by `dilation` times `grid`."
+    "Dilate the 3×3 convolutions of the last stages as the authors do."
+    check_choice("output_stride", output_stride, tuple(DILATIONS))
     if len(grid) != len(resnet.layer4):
         raise ValueError(f"grid has {len(grid)} factors but layer 4 has {len(resnet.layer4)} blocks: give one a block")
-    for block, factor in zip(resnet.layer4, grid, strict=True):
-        block.conv2.dilation = block.conv2.padding = (dilation * factor,) * 2
+    for stage, dilation in zip((resnet.layer3, resnet.layer4), DILATIONS[output_stride], strict=True):
+        for block, factor in zip(stage, grid if stage is resnet.layer4 else (1,) * len(stage), strict=True):
+            for conv in (block.conv1, block.conv2):
+                if conv.kernel_size == (3, 3):
+                    conv.dilation = conv.padding = (dilation * factor,) * 2
     return resnet
 
-# %% ../nbs/22_backbones.ipynb #cell-09
+# %% ../nbs/22_backbones.ipynb #cell-13
 def widen_stem(
     resnet: ResNet,  # changed in place; its stem takes R, G, B
 ) -> ResNet:
@@ -71,35 +119,7 @@ def widen_stem(
     resnet.conv1 = new
     return resnet
 
-# %% ../nbs/22_backbones.ipynb #cell-11
-DILATION = {16: 2, 8: 4}  # output stride → dilation of layer 4
-
-
-def create_backbone(
-    depth: int = 101,  # 50 or 101
-    norm: str = "bn",  # one of `NORMS`
-    in_chans: int = 3,  # 3, or 4 for R, G, B, NIR
-    output_stride: int = 16,  # 16 or 8
-    width: float = 1.0,  # scales the channels of every stage
-    pretrained: bool = False,  # start from ImageNet weights (width 1 only)
-) -> ResNet:
-    "Make one of the paper's backbones, without head."
-    wanted = {"depth": (depth, (50, 101)), "in_chans": (in_chans, (3, 4)), "output_stride": (output_stride, tuple(DILATION))}
-    for name, (got, allowed) in wanted.items():
-        if got not in allowed:
-            raise ValueError(f"{name} is {got}: wanted one of {', '.join(map(str, allowed))}")
-    if pretrained and width != 1:
-        raise ValueError(f"pretrained weights fit width 1, not {width}: set width=1 or pretrained=False")
-    channels = tuple(max(int(c * width), 2) for c in (64, 128, 256, 512))
-    resnet = timm.create_model(
-        f"resnet{depth}", num_classes=0, global_pool="", output_stride=output_stride, channels=channels
-    )
-    swap_norms(set_multigrid(resnet, dilation=DILATION[output_stride]), norm)
-    if pretrained:
-        load_imagenet(resnet, depth, norm)
-    return widen_stem(resnet) if in_chans == 4 else resnet
-
-# %% ../nbs/22_backbones.ipynb #cell-17
+# %% ../nbs/22_backbones.ipynb #cell-15
 TORCHVISION = "https://download.pytorch.org/models"
 IBN_NET = "https://github.com/XingangPan/IBN-Net/releases/download/v1.0"
 IMAGENET_URLS = {
@@ -112,27 +132,36 @@ IMAGENET_URLS = {
 }
 IMAGENET_URLS |= {(depth, "ibn_s"): IMAGENET_URLS[depth, "ibn_a"] for depth in (50, 101)}
 
-# %% ../nbs/22_backbones.ipynb #cell-18
+# %% ../nbs/22_backbones.ipynb #cell-16
 def fetch_checkpoint(
     url: str,  # ends in `-<8 hex digits>.pth`
 ) -> dict[str, Tensor]:  # state dict
-    "Read a public checkpoint from the torch.hub cache, downloading it first if need be, and check its SHA-256 prefix."
+    "Read a public checkpoint from the torch.hub cache, downloading it first if need be; raises ValueError if it is not that file."
     name = url.rsplit("/", 1)[1]
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     prefix = re.search(r"-([0-9a-f]{8})\.pth$", name)[1]
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix)
         except (URLError, OSError, RuntimeError) as error:
-            raise ValueError(f"{url} cannot be fetched ({error}): download {name} by hand into {path.parent}") from error
+            remedy = f"download it by hand and put it, as {name}, into {path.parent}"
+            raise ValueError(f"{url} cannot be fetched ({error}): {remedy}") from error
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if not found.startswith(prefix):
         raise ValueError(f"{path} has SHA-256 {found[:8]}…, wanted {prefix}…: delete it and fetch {url} again")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return read_tensors(path)
 
-# %% ../nbs/22_backbones.ipynb #cell-19
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    "Read a PyTorch checkpoint that holds tensors and nothing that could run."
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{path} is refused: it holds other things than tensors, or is damaged; wanted a plain state dict") from error
+
+# %% ../nbs/22_backbones.ipynb #cell-17
 @dataclass(frozen=True)
 class LoadReport:
     "What became of each key of a checkpoint and of a model."
@@ -141,24 +170,95 @@ class LoadReport:
     skipped: tuple[str, ...]  # in the checkpoint, without a place in the model
     fresh: tuple[str, ...]  # in the model, not in the checkpoint: left as initialised
 
-# %% ../nbs/22_backbones.ipynb #cell-20
+    def __str__(self) -> str:
+        return f"{len(self.matched)} tensors loaded, {len(self.skipped)} skipped, {len(self.fresh)} left fresh"
+
+# %% ../nbs/22_backbones.ipynb #cell-18
 def load_matching(
     model: nn.Module,  # changed in place
     state: dict[str, Tensor],  # public key names
 ) -> LoadReport:
-    "Load every tensor that has a place in the model, and report the rest."
-    renamed = {re.sub(r"^(layer\d\.\d+)\.IN\.", r"\1.act3.IN.", key): value for key, value in state.items()}  # IBN-b
+    "Load every tensor that has a place in the model; raises ValueError if none has, or if one has another shape."
     own = model.state_dict()
-    matched = {key: value for key, value in renamed.items() if key in own}
+    matched = {key: value for key, value in state.items() if key in own}
     if not matched:
-        raise ValueError(f"no key of the checkpoint fits the model: it has {', '.join(list(state)[:3])}, …")
+        raise ValueError(f"no key of the checkpoint fits: it has {', '.join(list(state)[:3])}, …; wanted {', '.join(list(own)[:3])}, …")
     for key, value in matched.items():
         if value.shape != own[key].shape:
-            raise ValueError(f"{key} is {tuple(value.shape)} in the checkpoint, {tuple(own[key].shape)} in the model: wrong file")
+            shapes = f"{tuple(value.shape)} in the checkpoint, {tuple(own[key].shape)} in the model"
+            raise ValueError(f"{key} is {shapes}: load it into a model of its own depth, width and stem")
     model.load_state_dict(matched, strict=False)
-    return LoadReport(tuple(matched), tuple(renamed.keys() - matched), tuple(own.keys() - matched))
+    return LoadReport(tuple(matched), tuple(state.keys() - matched), tuple(own.keys() - matched))
+
+# %% ../nbs/22_backbones.ipynb #cell-19
+def load_imagenet(
+    resnet: ResNet,  # changed in place: width 1, three input channels
+    depth: int,  # 50 or 101
+    norm: str,  # one of `NORMS`
+) -> LoadReport:
+    "Start a backbone from its public ImageNet weights; a classifier of another number of classes stays fresh."
+    if (depth, norm) not in IMAGENET_URLS:
+        raise ValueError(f"there are no ImageNet weights for depth {depth}: take 50 or 101, or pretrained=False")
+    state = fetch_checkpoint(IMAGENET_URLS[depth, norm])
+    if getattr(resnet.fc, "out_features", 0) != 1000:
+        state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    report = load_matching(resnet, state)
+    logging.getLogger(__name__).info("ResNet-%d %s from ImageNet: %s", depth, norm, report)
+    return report
+
+# %% ../nbs/22_backbones.ipynb #cell-23
+def make_resnet(
+    depth: int,  # one of `DEPTHS`
+    norm: str,  # one of `NORMS`
+    pretrained: bool = False,  # start from ImageNet: depth 50 or 101, 3 or 4 channels
+    in_chans: int = 3,  # 4 is R, G, B, NIR, through `widen_stem`
+    **options,  # of timm's ResNet
+) -> ResNet:
+    "Make a timm ResNet with the norms of a variant."
+    check_choice("depth", depth, DEPTHS)
+    if pretrained:
+        check_choice("in_chans of a pretrained model", in_chans, (3, 4))
+    resnet = timm.create_model(f"resnet{depth}", in_chans=3 if in_chans == 4 else in_chans, **options)
+    swap_norms(resnet, norm)
+    if pretrained:
+        load_imagenet(resnet, depth, norm)
+    return widen_stem(resnet) if in_chans == 4 else resnet
+
+# %% ../nbs/22_backbones.ipynb #cell-25
+def create_backbone(
+    depth: int = 101,  # one of `DEPTHS`
+    norm: str = "bn",  # one of `NORMS`
+    in_chans: int = 3,  # 3, or 4 for R, G, B, NIR
+    output_stride: int = 16,  # 16 or 8
+    width: float = 1.0,  # scales the channels of every stage
+    pretrained: bool = False,  # start from ImageNet weights (width 1 only)
+    multigrid: bool = True,  # dilate layer 4's blocks by 1, 2 and 4 times the rest
+) -> ResNet:
+    "Make one of the paper's backbones, without head; raises ValueError for what does not exist."
+    check_choice("depth", depth, DEPTHS)
+    check_choice("in_chans", in_chans, (3, 4))
+    check_choice("output_stride", output_stride, tuple(DILATIONS))
+    if pretrained and width != 1:
+        raise ValueError(f"pretrained weights fit width 1, not {width}: set width=1 or pretrained=False")
+    channels = tuple(max(int(c * width), 2) for c in (64, 128, 256, 512))
+    options = {"num_classes": 0, "global_pool": "", "output_stride": output_stride, "channels": channels}
+    resnet = make_resnet(depth, norm, pretrained, in_chans, **options)
+    grid = MULTIGRID if multigrid else (1, 1, 1)
+    return set_multigrid(resnet, grid[: len(resnet.layer4)], output_stride)
+
+# %% ../nbs/22_backbones.ipynb #cell-31
+def make_entry(name: str, depth: int, norm: str) -> Callable[..., nn.Module]:
+    "Make the function that timm calls for a model name."
+
+    def entry(pretrained: bool = False, **options) -> nn.Module:
+        return build_model_with_cfg(partial(make_resnet, depth, norm, pretrained), name, False, **options)
+
+    entry.__name__, entry.__module__ = name, __name__
+    return entry
 
 
-def load_imagenet(resnet: ResNet, depth: int, norm: str) -> LoadReport:
-    "Start a backbone of width 1 and three input channels from its public ImageNet weights."
-    return load_matching(resnet, fetch_checkpoint(IMAGENET_URLS[depth, norm]))
+INPUT = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "pool_size": (7, 7), "first_conv": "conv1", "classifier": "fc"}
+TIMM_NAMES = {f"resnet{depth}_{norm}": (depth, norm) for depth in DEPTHS for norm in NORMS[1:]}
+default_cfgs = generate_default_cfgs({name: {"url": IMAGENET_URLS.get(key, ""), **INPUT} for name, key in TIMM_NAMES.items()})
+for _name, _key in TIMM_NAMES.items():
+    register_model(make_entry(_name, *_key))

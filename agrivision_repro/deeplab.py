@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import batch_norm, interpolate
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
-from .backbones import create_backbone
+from .backbones import check_choice, create_backbone
 
 # %% auto #0
-__all__ = ['ASPP_RATES', 'conv_norm_relu', 'resize', 'Decoder', 'DeepLabV3Plus', 'initialise_head']
+__all__ = ['ASPP_RATES', 'conv_norm_relu', 'resize', 'Decoder', 'PooledBatchNorm2d', 'make_aspp', 'DeepLabV3Plus',
+           'initialise_head', 'count_gmacs']
 
 # %% ../nbs/24_deeplab.ipynb #cell-05
 ASPP_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}  # output stride → dilations (authors' aspp.py)
@@ -63,28 +65,45 @@ class Decoder(nn.Module):
         details = [resize(reduce(low), size) for reduce, low in zip(self.low, lows, strict=True)]
         return self.head(torch.cat([resize(context, size), *details], 1))
 
-# %% ../nbs/24_deeplab.ipynb #cell-07
+# %% ../nbs/24_deeplab.ipynb #cell-08
+class PooledBatchNorm2d(nn.BatchNorm2d):
+    "Batch norm of `(B, C, 1, 1)` that also trains on a batch of one, by its running statistics."
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.shape[0] == 1:
+            return batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps)
+        return super().forward(x)
+
+
+def make_aspp(in_channels: int, rates: tuple[int, ...], out_channels: int) -> ASPP:
+    "Make torchvision's ASPP, able to train on a batch of one."
+    aspp = ASPP(in_channels, rates, out_channels)
+    image_level = aspp.convs[-1]
+    image_level[2] = PooledBatchNorm2d(image_level[2].num_features)
+    return aspp
+
+# %% ../nbs/24_deeplab.ipynb #cell-09
 class DeepLabV3Plus(nn.Module):
     "Segment images of any size into logits of the same size."
 
     def __init__(
         self,
         n_classes: int,  # background included
-        depth: int = 101,  # ResNet depth: 50 or 101
+        depth: int = 101,  # ResNet depth, one of `backbones.DEPTHS`
         norm: str = "bn",  # `bn`, `ibn_a`, `ibn_b` or `ibn_s`
         in_chans: int = 4,  # 3, or 4 for R, G, B, NIR
         output_stride: int = 16,  # of the backbone: 16 or 8
         low_level: int = 1,  # 1: layer1 alone (Tables 1 and 2); 3: layers 1 to 3 (the authors' submission)
         width: float = 1.0,  # scales backbone and head
         pretrained: bool = False,  # start the backbone from ImageNet
+        multigrid: bool = True,  # dilate layer 4's blocks by 1, 2 and 4 times the rest
     ):
         super().__init__()
-        if low_level not in (1, 3):
-            raise ValueError(f"low_level is {low_level}: wanted 1 or 3")
-        backbone = create_backbone(depth, norm, in_chans, output_stride, width, pretrained)
-        stages = [stage[-1].bn3.num_features for stage in (backbone.layer1, backbone.layer2, backbone.layer3)]
+        check_choice("low_level", low_level, (1, 3))
+        backbone = create_backbone(depth, norm, in_chans, output_stride, width, pretrained, multigrid)
+        stages = [info["num_chs"] for info in backbone.feature_info[1:4]]
         self.low_level = low_level
-        self.aspp = ASPP(backbone.num_features, ASPP_RATES[output_stride], int(256 * width))
+        self.aspp = make_aspp(backbone.num_features, ASPP_RATES[output_stride], int(256 * width))
         self.decoder = Decoder(tuple(stages[:low_level]), n_classes, width)
         initialise_head(self)  # before the backbone joins: it has its own start
         self.backbone = backbone
@@ -99,7 +118,7 @@ class DeepLabV3Plus(nn.Module):
         logits = self.decoder(self.aspp(net.layer4(third)), [first, second, third][: self.low_level])
         return resize(logits, x.shape[-2:])
 
-# %% ../nbs/24_deeplab.ipynb #cell-08
+# %% ../nbs/24_deeplab.ipynb #cell-10
 def initialise_head(
     model: nn.Module,  # changed in place
 ) -> None:
@@ -107,3 +126,16 @@ def initialise_head(
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight)
+
+# %% ../nbs/24_deeplab.ipynb #cell-17
+def count_gmacs(
+    model: nn.Module,
+    shape: tuple[int, int, int, int] = (1, 4, 512, 512),  # of the input
+) -> float:  # 10⁹ multiply-adds of convolutions and matrix products
+    "Count the multiply-adds of one forward pass; needs neither memory nor time if the model is on the meta device."
+    device = next(model.parameters()).device
+    was_training = model.training
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.empty(shape, device=device))
+    model.train(was_training)
+    return counter.get_total_flops() / 2e9

@@ -5,90 +5,167 @@
 # %% ../nbs/20_norms.ipynb #cell-02
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 # %% auto #0
-__all__ = ['PARTS', 'instance_moments', 'pool_moments', 'apply_moments', 'InstanceBatchNorm2d', 'batch_moments', 'SwitchNorm2d',
-           'blend']
+__all__ = ['Pool', 'PARTS', 'PixelMoments', 'AffineMap', 'normalise', 'pool_moments', 'SumOverProcesses', 'pool_batch',
+           'InstanceBatchNorm2d', 'batch_moments', 'SwitchNorm2d', 'blend']
 
-# %% ../nbs/20_norms.ipynb #cell-05
-def instance_moments(
+# %% ../nbs/20_norms.ipynb #cell-06
+class PixelMoments(Function):
+    "Mean and biased variance over pixels, each `(B, C)`, float32 or wider; hands `x` on as its first result."
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean = x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+        variance = (x - mean[..., None, None]).square_().mean((2, 3))
+        ctx.save_for_backward(x, mean)
+        return x.view_as(x), mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, x_grad: Tensor, mean_grad: Tensor, variance_grad: Tensor) -> Tensor:
+        x, mean = ctx.saved_tensors
+        n_pixels = x.shape[2:].numel()
+        slope = variance_grad * (2 / n_pixels)
+        level = mean_grad / n_pixels - slope * mean
+        return x_grad.addcmul_(x, slope[..., None, None]).add_(level[..., None, None])
+
+# %% ../nbs/20_norms.ipynb #cell-09
+class AffineMap(Function):
+    "`scale` times `x` plus `shift`, both `(B, C)`, rounded once to the precision of `x`."
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        return (x * scale[..., None, None]).add_(shift[..., None, None]).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, y_grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, scale = ctx.saved_tensors
+        product = y_grad * x.to(scale.dtype)
+        scale_grad, shift_grad = product.sum((2, 3)), y_grad.sum((2, 3), dtype=scale.dtype)
+        x_grad = torch.mul(y_grad, scale[..., None, None], out=product)
+        return x_grad.to(x.dtype), scale_grad, shift_grad
+
+# %% ../nbs/20_norms.ipynb #cell-11
+Pool = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # of mean and variance `(B, C)`; results broadcast to `(B, C)`
+
+
+def normalise(
     x: Tensor,  # `(B, C, H, W)`
-) -> tuple[Tensor, Tensor]:  # mean and biased variance over pixels, each `(B, C)`, float32 or wider
-    "Take mean and variance of each channel of each sample in one pass over `x`."
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    variance, mean = torch.var_mean(wide, dim=(2, 3), correction=0)
-    return mean, variance
-
-
-def pool_moments(
-    mean: Tensor,  # `(B, C)`
-    variance: Tensor,  # `(B, C)`
-    dim: int,  # 0 pools over samples (batch norm), 1 over channels (layer norm)
-) -> tuple[Tensor, Tensor]:  # `(1, C)` or `(B, 1)` each
-    "Merge the moments of equally large groups of pixels."
-    pooled = mean.mean(dim, keepdim=True)
-    return pooled, (variance + mean.square()).mean(dim, keepdim=True) - pooled.square()
-
-# %% ../nbs/20_norms.ipynb #cell-08
-def apply_moments(
-    x: Tensor,  # `(B, C, H, W)`
-    mean: Tensor,  # broadcasts to `(B, C)`
-    variance: Tensor,  # broadcasts to `(B, C)`
+    pool: Pool,  # which moments to normalise by
     weight: Tensor,  # gamma, `(C,)`
     bias: Tensor,  # beta, `(C,)`
-    eps: float,  # added to the variance
+    eps: float = 1e-5,  # added to the variance
 ) -> Tensor:  # like `x`
-    "Normalise `x` by the given moments in one pass."
-    scale = weight * torch.rsqrt(variance + eps)
-    shift = bias - scale * mean
-    shape = (-1, x.shape[1], 1, 1)
-    return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype)
+    "Normalise `x` by pooled moments of its pixels; raises ValueError if it has another number of channels."
+    if x.ndim != 4 or x.shape[1] != len(weight):
+        raise ValueError(f"input is {tuple(x.shape)}: wanted (B, {len(weight)}, H, W)")
+    x, mean, variance = PixelMoments.apply(x)
+    mean, variance = pool(mean, variance)
+    scale = (weight * torch.rsqrt(variance + eps)).expand(len(x), -1)
+    return AffineMap.apply(x, scale, bias - scale * mean)
 
-# %% ../nbs/20_norms.ipynb #cell-12
+# %% ../nbs/20_norms.ipynb #cell-13
+def pool_moments(
+    mean: Tensor,  # `(B, C)`
+    variance: Tensor,  # biased, `(B, C)`
+    dim: int,  # 0 pools over samples (batch norm), 1 over channels (layer norm)
+) -> tuple[Tensor, Tensor]:  # `(1, C)` or `(B, 1)` each
+    "Merge the moments of equally large groups of pixels (law of total variance)."
+    between, pooled = torch.var_mean(mean, dim, correction=0, keepdim=True)
+    return pooled, variance.mean(dim, keepdim=True) + between
+
+# %% ../nbs/20_norms.ipynb #cell-22
+class SumOverProcesses(Function):
+    "Add up a tensor over all processes; its gradient likewise."
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        total = x.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        total = grad.clone()
+        distributed.all_reduce(total)
+        return total
+
+
+def pool_batch(
+    mean: Tensor,  # `(B, C)`
+    variance: Tensor,  # biased, `(B, C)`
+    sync: bool = False,  # over the samples of all processes, not of this one alone
+) -> tuple[Tensor, Tensor, int | Tensor]:  # mean and variance, `(1, C)` each; how many samples
+    "Merge the moments of all samples of a batch, of any number in each process."
+    if not (sync and distributed.is_available() and distributed.is_initialized()):
+        return *pool_moments(mean, variance, 0), len(mean)
+    sums = SumOverProcesses.apply(torch.cat([mean.sum(0), mean.new_tensor([len(mean)])]))
+    n_samples = sums[-1].detach()
+    pooled = sums[None, :-1] / n_samples
+    spread = variance + (mean - pooled.detach()).square()  # moving the centre changes no variance: no gradient
+    return pooled, SumOverProcesses.apply(spread.sum(0))[None] / n_samples, n_samples
+
+# %% ../nbs/20_norms.ipynb #cell-24
 class InstanceBatchNorm2d(nn.Module):
     "IBN-a's norm: instance norm on the first half of the channels, batch norm on the rest."
 
     def __init__(
         self,
         channels: int,  # C, at least 2
+        sync: bool = False,  # take batch moments over all processes
     ):
         super().__init__()
         if channels < 2:
             raise ValueError(f"channels is {channels}: IBN-a splits them in two, so give at least 2")
-        self.half = channels // 2
+        self.half, self.sync = channels // 2, sync
         self.IN = nn.InstanceNorm2d(self.half, affine=True)
         self.BN = nn.BatchNorm2d(channels - self.half)
 
     def forward(self, x: Tensor) -> Tensor:  # `(B, C, H, W)` to the same
-        mean, variance = instance_moments(x)
-        batch = batch_moments(self.BN, mean[:, self.half :], variance[:, self.half :], x[0, 0].numel())
-        mean = torch.cat([mean[:, : self.half], batch[0].expand(len(x), -1)], 1)
-        variance = torch.cat([variance[:, : self.half], batch[1].expand(len(x), -1)], 1)
-        weight = torch.cat([self.IN.weight, self.BN.weight])
-        bias = torch.cat([self.IN.bias, self.BN.bias])
-        return apply_moments(x, mean, variance, weight, bias, self.BN.eps)
+        pool = partial(self.pool, n_pixels=x.shape[2:].numel())
+        weight, bias = (torch.cat([getattr(self.IN, name), getattr(self.BN, name)]) for name in ("weight", "bias"))
+        return normalise(x, pool, weight, bias, self.BN.eps)
 
-# %% ../nbs/20_norms.ipynb #cell-14
+    def pool(self, mean: Tensor, variance: Tensor, n_pixels: int) -> tuple[Tensor, Tensor]:
+        "Keep the first half's moments; pool the second half's over the batch."
+        batch = batch_moments(self.BN, mean[:, self.half :], variance[:, self.half :], n_pixels, self.sync)
+        return tuple(
+            torch.cat([own[:, : self.half], pooled.expand(len(own), -1)], 1)
+            for own, pooled in zip((mean, variance), batch, strict=True)
+        )
+
+# %% ../nbs/20_norms.ipynb #cell-26
 def batch_moments(
     norm: nn.BatchNorm2d,  # owns the running statistics
     mean: Tensor,  # `(B, C)`
     variance: Tensor,  # biased, `(B, C)`
     n_pixels: int,  # H·W
+    sync: bool = False,  # pool over all processes
 ) -> tuple[Tensor, Tensor]:  # `(1, C)` each
     "Pool over the batch and update the running statistics in training; recall them in evaluation."
     if not norm.training:
         return norm.running_mean[None], norm.running_var[None]
-    pooled_mean, pooled_variance = pool_moments(mean, variance, 0)
+    pooled_mean, pooled_variance, n_samples = pool_batch(mean, variance, sync)
     with torch.no_grad():
-        n = len(mean) * n_pixels
+        n = n_samples * n_pixels
+        unbiased = pooled_variance * n / max(n - 1, 1)
         norm.num_batches_tracked.add_(1)
         norm.running_mean.lerp_(pooled_mean[0].to(norm.running_mean), norm.momentum)
-        norm.running_var.lerp_(pooled_variance[0].to(norm.running_var) * (n / max(n - 1, 1)), norm.momentum)
+        norm.running_var.lerp_(unbiased[0].to(norm.running_var), norm.momentum)
     return pooled_mean, pooled_variance
 
-# %% ../nbs/20_norms.ipynb #cell-17
+# %% ../nbs/20_norms.ipynb #cell-29
 PARTS = {"in+ln+bn": 3, "in+bn": 2}  # which moments SwitchNorm2d blends → how many softmax weights
 
 
@@ -101,11 +178,12 @@ class SwitchNorm2d(nn.Module):
         parts: str = "in+ln+bn",  # the authors' code; "in+bn" is the paper's wording
         eps: float = 1e-5,  # added to the variance
         momentum: float = 0.9,  # weight of the *old* running statistics, as in the public SN
+        sync: bool = False,  # take batch moments over all processes
     ):
         super().__init__()
         if parts not in PARTS:
             raise ValueError(f"parts is {parts!r}: wanted one of {', '.join(PARTS)}")
-        self.parts, self.eps, self.momentum = parts, eps, momentum
+        self.parts, self.eps, self.momentum, self.sync = parts, eps, momentum, sync
         self.weight = nn.Parameter(torch.ones(1, channels, 1, 1))
         self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
         self.mean_weight = nn.Parameter(torch.ones(PARTS[parts]))
@@ -114,26 +192,27 @@ class SwitchNorm2d(nn.Module):
         self.register_buffer("running_var", torch.zeros(1, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:  # `(B, C, H, W)` to the same
-        mean, variance = instance_moments(x)
-        n = x[0, 0].numel()
-        variance = variance * (n / max(n - 1, 1))  # unbiased; one pixel has no spread: 0, not 0/0
+        pool = partial(self.pool, n_pixels=x.shape[2:].numel())
+        return normalise(x, pool, self.weight.flatten(), self.bias.flatten(), self.eps)
+
+    def pool(self, mean: Tensor, variance: Tensor, n_pixels: int) -> tuple[Tensor, Tensor]:  # `(B, C)` each
+        "Blend the moments of sample, layer and batch."
+        variance = variance * (n_pixels / max(n_pixels - 1, 1))  # unbiased; one pixel has no spread: 0, not 0/0
         layer = [pool_moments(mean, variance, 1)] if self.parts == "in+ln+bn" else []
         means, variances = zip((mean, variance), *layer, self.batch_moments(mean, variance), strict=True)
-        mean = blend(self.mean_weight, means)
-        variance = blend(self.var_weight, variances)
-        return apply_moments(x, mean, variance, self.weight.flatten(), self.bias.flatten(), self.eps)
+        return blend(self.mean_weight, means), blend(self.var_weight, variances)
 
     def batch_moments(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:  # `(1, C)` each
         "Pool over the batch and update the running statistics in training; recall them in evaluation."
         if not self.training:
             return self.running_mean[..., 0], self.running_var[..., 0]
-        pooled = pool_moments(mean, variance, 0)
+        *pooled, _ = pool_batch(mean, variance, self.sync)
         with torch.no_grad():
             for running, new in zip((self.running_mean, self.running_var), pooled, strict=True):
                 running.lerp_(new.unsqueeze(-1).to(running), 1 - self.momentum)
-        return pooled
+        return tuple(pooled)
 
-# %% ../nbs/20_norms.ipynb #cell-18
+# %% ../nbs/20_norms.ipynb #cell-30
 def blend(
     importance: Tensor,  # learned, before softmax, `(K,)`
     moments: tuple[Tensor, ...],  # K tensors that broadcast to `(B, C)`
