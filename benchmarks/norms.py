@@ -1,0 +1,79 @@
+"""Forward and backward of each norm against its textbook form: python benchmarks/norms.py
+
+The textbook form of Switchable Normalization takes the three statistics in operations of their own on the whole image; that
+of IBN-a splits the image, normalises the halves and joins them.
+"""
+
+from __future__ import annotations
+
+import torch
+from timing import alternate, peak_bytes, set_up, table_of
+from torch import Tensor, nn
+
+from agrivision_repro.norms import InstanceBatchNorm2d, SwitchNorm2d
+
+SHAPES = ((8, 64, 64, 64), (8, 256, 32, 32))
+
+
+class PlainSwitchNorm2d(SwitchNorm2d):
+    "Three full-size statistics, then the formula as it is printed."
+
+    def forward(self, x: Tensor) -> Tensor:
+        dims = ((2, 3), (1, 2, 3), (0, 2, 3))
+        means = [x.mean(dim, keepdim=True) for dim in dims]
+        variances = [x.var(dim, keepdim=True) for dim in dims]
+        with torch.no_grad():
+            self.running_mean.lerp_(means[2][..., 0], 1 - self.momentum)
+            self.running_var.lerp_(variances[2][..., 0], 1 - self.momentum)
+        mean = sum(w * m for w, m in zip(self.mean_weight.softmax(0), means, strict=True))
+        variance = sum(w * v for w, v in zip(self.var_weight.softmax(0), variances, strict=True))
+        return (x - mean) / (variance + self.eps).sqrt() * self.weight + self.bias
+
+
+class SplitInstanceBatchNorm2d(InstanceBatchNorm2d):
+    "Split, normalise, join."
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = torch.split(x, [self.half, x.shape[1] - self.half], 1)
+        return torch.cat([self.IN(first.contiguous()), self.BN(second.contiguous())], 1)
+
+
+def step(norm: nn.Module, x: Tensor, gradient: Tensor):
+    "One forward and backward pass."
+
+    def run() -> None:
+        norm(x).backward(gradient)
+        x.grad = None
+
+    return run
+
+
+def compare(shape: tuple[int, ...], layout: torch.memory_format, rounds: int) -> None:
+    channels = shape[1]
+    x, gradient = (torch.randn(shape).to(memory_format=layout) for _ in range(2))
+    x.requires_grad_()
+    torch.compiler.reset()
+    switched = {
+        "plain": PlainSwitchNorm2d(channels),
+        "ours": SwitchNorm2d(channels),
+        "ours, compiled": torch.compile(SwitchNorm2d(channels)),
+        "nn.BatchNorm2d": nn.BatchNorm2d(channels),
+    }
+    halves = {
+        "split and concat": SplitInstanceBatchNorm2d(channels),
+        "ours": InstanceBatchNorm2d(channels),
+        "ours, compiled": torch.compile(InstanceBatchNorm2d(channels)),
+    }
+    print(f"\n{shape}, {str(layout).removeprefix('torch.')}")
+    for title, norms, against in (("SwitchNorm", switched, "plain"), ("IBN-a", halves, "split and concat")):
+        medians = alternate({name: step(norm, x, gradient) for name, norm in norms.items()}, rounds)
+        table = table_of(medians, against)
+        table["peak of forward, inputs"] = [round(peak_bytes(lambda norm=norm: norm(x)) / (4 * x.numel()), 2) for norm in norms.values()]
+        print(f"{title}\n{table.to_string()}")
+
+
+if __name__ == "__main__":
+    given = set_up(__doc__)
+    for shape in SHAPES:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            compare(shape, layout, given.rounds)

@@ -1,0 +1,158 @@
+"One contract for every model, and the norms over several processes."
+
+import shutil
+
+import pytest
+import segmentation_models_pytorch
+import timm
+import torch
+import torch.multiprocessing as mp
+from torch import distributed, nn
+
+from agrivision_repro.backbones import DEPTHS, NORMS, create_backbone
+from agrivision_repro.deeplab import DeepLabV3Plus
+from agrivision_repro.norms import InstanceBatchNorm2d, SwitchNorm2d
+
+TINY = 1 / 16  # of the width
+
+
+@pytest.mark.parametrize("in_chans", [3, 4])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_contract(depth, norm, in_chans):
+    "Forward, backward, state-dict round trip, half precision, batch of one, odd sizes."
+    torch.manual_seed(0)
+    model = DeepLabV3Plus(3, depth, norm, in_chans, width=TINY)
+    odd = torch.randn(1, in_chans, 45, 67)
+    model(odd).square().mean().backward()  # in training, a batch of one
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+    torch.manual_seed(1)
+    twin = DeepLabV3Plus(3, depth, norm, in_chans, width=TINY)
+    twin.load_state_dict(model.state_dict())
+    model, twin = model.eval(), twin.eval()
+    wanted = model(odd)
+    assert wanted.shape == (1, 3, 45, 67)
+    torch.testing.assert_close(twin(odd), wanted, rtol=0, atol=0)
+
+    size = wanted.std().item()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(odd).float(), wanted, rtol=0, atol=size / 2)
+    assert twin.bfloat16()(odd.bfloat16()).isfinite().all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_options_of_deeplab(norm):
+    x = torch.randn(2, 4, 64, 64)
+    for options in ({"output_stride": 8}, {"multigrid": False}, {"low_level": 3}):
+        assert DeepLabV3Plus(5, 50, norm, width=TINY, **options)(x).shape == (2, 5, 64, 64)
+    dilations = [block.conv2.dilation[0] for block in create_backbone(50, norm, output_stride=8).layer4]
+    assert dilations == [4, 8, 16]  # the authors' at output stride 8
+    assert {b.conv2.dilation for b in create_backbone(50, norm, output_stride=8).layer3} == {(2, 2)}
+
+
+def results_of(model: nn.Module, way, x: torch.Tensor) -> dict:
+    "Output, gradients and buffers of one training step, from the same start each time."
+    start = {key: value.clone() for key, value in model.state_dict().items()}
+    model.zero_grad()
+    out = way(x)
+    out.square().mean().backward()
+    found = {"out": out.detach()} | {k: p.grad.clone() for k, p in model.named_parameters()}
+    found |= {k: b.clone() for k, b in model.named_buffers()}
+    model.load_state_dict(start)
+    return found
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_layout_and_capture_change_no_result(norm):
+    torch.manual_seed(0)
+    model = DeepLabV3Plus(3, 18, norm, width=TINY).double()
+    for dropout in (m for m in model.modules() if isinstance(m, nn.Dropout)):
+        dropout.p = 0.0
+    x = torch.randn(2, 4, 64, 64).double()
+    plain = results_of(model, model, x)
+    captured = torch.compile(model, backend="aot_eager", fullgraph=True)  # the whole graph; code is made for the norms below
+    for way, layout in ((model, torch.channels_last), (captured, torch.contiguous_format)):
+        torch.testing.assert_close(results_of(model, way, x.to(memory_format=layout)), plain, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_norms_change_no_result():
+    torch.manual_seed(0)
+    model = nn.Sequential(SwitchNorm2d(8), nn.ReLU(inplace=True), InstanceBatchNorm2d(8), SwitchNorm2d(8, "in+bn")).double()
+    x = torch.randn(3, 8, 9, 11).double()
+    torch.testing.assert_close(results_of(model, torch.compile(model), x), results_of(model, model, x), rtol=1e-7, atol=1e-9)
+
+
+def test_in_other_libraries():
+    x = torch.randn(2, 4, 64, 64)
+    features = timm.create_model("resnet101_ibn_s", features_only=True, in_chans=4, output_stride=16)
+    assert [tuple(f.shape[1:]) for f in features(x)] == [(64, 32, 32), (256, 16, 16), (512, 8, 8), (1024, 4, 4), (2048, 4, 4)]
+    unet = segmentation_models_pytorch.Unet("tu-resnet50_ibn_a", in_channels=4, encoder_weights=None, classes=7)
+    assert unet(x).shape == (2, 7, 64, 64)
+    assert sum(isinstance(m, InstanceBatchNorm2d) for m in unet.modules()) == 13
+
+
+@pytest.mark.parametrize(
+    ("choices", "says"),
+    [
+        ({"depth": 35}, "depth is 35: wanted one of 18, 26, 34, 50, 101"),
+        ({"norm": "gn"}, "norm is 'gn': wanted one of bn, ibn_a, ibn_b, ibn_s"),
+        ({"output_stride": 32}, "output_stride is 32: wanted one of 16, 8"),
+        ({"in_chans": 5}, "in_chans is 5: wanted one of 3, 4"),
+        ({"low_level": 2}, "low_level is 2: wanted one of 1, 3"),
+        ({"depth": 18, "pretrained": True}, "no ImageNet weights for depth 18: take 50 or 101"),
+        ({"width": 0.5, "pretrained": True}, "set width=1 or pretrained=False"),
+    ],
+)
+def test_what_does_not_exist(choices, says):
+    with pytest.raises(ValueError, match=says):
+        DeepLabV3Plus(3, **choices)
+
+
+def test_wrong_number_of_channels():
+    with pytest.raises(ValueError, match=r"input is \(1, 3, 64, 64\): wanted \(B, 4, H, W\)"):
+        DeepLabV3Plus(3, 18, width=TINY)(torch.randn(1, 3, 64, 64))
+    with pytest.raises(ValueError, match=r"input is \(2, 6, 4, 4\): wanted \(B, 8, H, W\)"):
+        SwitchNorm2d(8)(torch.randn(2, 6, 4, 4))
+
+
+def make_norms(sync: bool) -> nn.Sequential:
+    torch.manual_seed(0)
+    norms = nn.Sequential(SwitchNorm2d(6, sync=sync), InstanceBatchNorm2d(6, sync=sync), SwitchNorm2d(6, "in+bn", sync=sync)).double()
+    for parameter in norms.parameters():
+        nn.init.normal_(parameter)
+    return norms
+
+
+def run_norms(norms: nn.Module, x: torch.Tensor, gradient: torch.Tensor) -> dict:
+    x = x.clone().requires_grad_()
+    y = norms(x)
+    y.backward(gradient)
+    return {"y": y.detach(), "gx": x.grad, **{k: p.grad for k, p in norms.named_parameters()}, **dict(norms.named_buffers())}
+
+
+def one_process(rank: int, folder, parts: list) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=len(parts))
+    torch.save(run_norms(make_norms(sync=True), *parts[rank]), f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_two_processes_are_one(tmp_path):
+    "Each holds a part of the batch, of unequal size; the joined batch in one process is the truth."
+    generator = torch.Generator().manual_seed(3)
+    x, gradient = (torch.randn(5, 6, 4, 3, dtype=torch.float64, generator=generator) for _ in range(2))
+    parts = [(x[:2], gradient[:2]), (x[2:], gradient[2:])]
+    mp.spawn(one_process, (tmp_path, parts), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for key, wanted in run_norms(make_norms(sync=False), x, gradient).items():
+        if key in ("y", "gx"):
+            got = torch.cat([first[key], second[key]])
+        elif "running" in key or "tracked" in key:
+            torch.testing.assert_close(first[key], second[key], rtol=0, atol=0)
+            got = first[key]
+        else:  # a parameter's gradient is the sum over processes
+            got = first[key] + second[key]
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12, msg=key)
