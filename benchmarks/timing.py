@@ -52,5 +52,6 @@ def set_up(description: str) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    print(f"torch {torch.__version__}, {given.threads} threads, {torch.backends.cpu.get_cpu_capability()}, medians of {given.rounds} rounds")
+    machine = f"torch {torch.__version__}, {given.threads} threads, {torch.backends.cpu.get_cpu_capability()}"
+    print(f"{machine}, medians of {given.rounds} rounds")
     return given
