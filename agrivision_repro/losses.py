@@ -7,37 +7,52 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 # %% auto #0
-__all__ = ['DICE_EPS', 'check_shapes', 'widen', 'bce_loss', 'dice_loss', 'lovasz_weights', 'lovasz_loss', 'HybridLoss']
+__all__ = ['DICE_EPS', 'FLOAT_BITS', 'check_pixels', 'widen', 'bce_loss', 'dice_loss', 'lovasz_weights', 'sort_active',
+           'LovaszHinge', 'lovasz_loss', 'BCELoss', 'DiceLoss', 'LovaszLoss', 'HybridLoss']
 
 # %% ../nbs/30_losses.ipynb #cell-05
-def check_shapes(logits: Tensor, targets: Tensor, valid: Tensor) -> None:
+def check_pixels(
+    logits: Tensor,  # `(B, C, H, W)`
+    targets: Tensor,  # 0 or 1, of any type, `(B, C, H, W)`
+    valid: Tensor,  # `(B, H, W)` bool
+) -> Tensor:  # targets as bool
     "Raise a `ValueError` unless the three belong together."
     if logits.shape != targets.shape or logits.ndim != 4:
         raise ValueError(f"logits are {tuple(logits.shape)}, targets {tuple(targets.shape)}: both must be (B, C, H, W)")
     if valid.shape != (len(logits), *logits.shape[2:]) or valid.dtype != torch.bool:
         raise ValueError(f"valid is {tuple(valid.shape)} {valid.dtype}: wanted (B, H, W) bool, {tuple(logits.shape)} without C")
+    if targets.dtype == torch.bool:
+        return targets
+    present = targets == 1
+    if not (present | (targets == 0)).all():
+        raise ValueError(f"targets hold values from {targets.min()} to {targets.max()}: wanted 0 or 1, one map a class")
+    return present
 
-# %% ../nbs/30_losses.ipynb #cell-06
+
 def widen(x: Tensor) -> Tensor:
     "Half precision becomes float32 before anything is summed; float64 stays."
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
-# %% ../nbs/30_losses.ipynb #cell-08
+# %% ../nbs/30_losses.ipynb #cell-07
 def bce_loss(
     logits: Tensor,  # `(B, C, H, W)`
     targets: Tensor,  # 0 or 1, `(B, C, H, W)`
     valid: Tensor,  # `(B, H, W)` bool
+    over_valid: bool = False,  # average over the valid pixels, not over all (the authors')
 ) -> Tensor:  # scalar
-    "Average the binary cross-entropy of valid pixels over all pixels (eq. 4)."
-    check_shapes(logits, targets, valid)
+    "Average the binary cross-entropy of valid pixels (eq. 4)."
+    targets = check_pixels(logits, targets, valid)
     logits = widen(logits)
-    loss = binary_cross_entropy_with_logits(logits, targets.to(logits), reduction="none")
-    return (loss * valid[:, None]).mean()
+    total = binary_cross_entropy_with_logits(logits, targets.to(logits), valid[:, None].to(logits), reduction="sum")
+    n_pixels = valid.sum().clamp(min=1) if over_valid else valid.numel()
+    return total / (n_pixels * logits.shape[1])
 
-# %% ../nbs/30_losses.ipynb #cell-11
+# %% ../nbs/30_losses.ipynb #cell-10
 DICE_EPS = 1e-7  # as catalyst
 
 
@@ -45,43 +60,119 @@ def dice_loss(
     logits: Tensor,  # `(B, C, H, W)`
     targets: Tensor,  # 0 or 1, `(B, C, H, W)`
     valid: Tensor,  # `(B, H, W)` bool
+    per_class: bool = False,  # a ratio a class, averaged; not one ratio for all (the authors')
 ) -> Tensor:  # scalar in [0, 1]
-    "One minus the soft Dice score over batch, classes and valid pixels at once (eq. 5, as a ratio of sums)."
-    check_shapes(logits, targets, valid)
+    "One minus the soft Dice score over batch and valid pixels (eq. 5, as a ratio of sums)."
+    targets = check_pixels(logits, targets, valid)
+    dims = (0, 2, 3) if per_class else (0, 1, 2, 3)
     probability = widen(logits).sigmoid() * valid[:, None]
-    present = targets.to(probability) * valid[:, None]
-    total = probability.sum() + present.sum()
+    present = targets & valid[:, None]
+    total = probability.sum(dims) + present.sum(dims)
     empty = DICE_EPS * (total == 0)
-    return 1 - 2 * ((probability * present).sum() + empty) / (total + DICE_EPS * (1 + (total == 0)))
+    score = 2 * ((probability * present).sum(dims) + empty) / (total + DICE_EPS + empty)
+    return 1 - score.mean()
 
-# %% ../nbs/30_losses.ipynb #cell-14
+# %% ../nbs/30_losses.ipynb #cell-15
 def lovasz_weights(
-    sorted_targets: Tensor,  # labels in decreasing order of error, `(C, P)` 0 or 1
-) -> Tensor:  # increments of the Jaccard loss, `(C, P)` float32
+    sorted_targets: Tensor,  # labels in decreasing order of error, `(N,)` 0 or 1: all, or the first of them
+    n_present: int,  # how many pixels carry the label, P
+) -> Tensor:  # increments of the Jaccard loss, `(N,)` float64
     "Give each pixel the IoU that is lost when it joins the wrong ones (eqs 7 and 8)."
-    seen = sorted_targets.cumsum(1)
-    n_present = seen[:, -1:]
-    union = n_present + torch.arange(1, seen.shape[1] + 1, device=seen.device) - seen
-    jaccard = 1 - (n_present - seen).float() / union.float()
-    return torch.diff(jaccard, dim=1, prepend=jaccard.new_zeros(len(jaccard), 1))
+    found = sorted_targets.cumsum(0, dtype=torch.int64)
+    union = torch.arange(1, len(found) + 1, device=found.device).sub_(found).add_(n_present)
+    absent = (n_present - found).double().div_(union - 1).nan_to_num_(1.0)  # 0/0: the first pixel of an absent class
+    return absent.masked_fill_(sorted_targets > 0, 1.0).div_(union)
 
-# %% ../nbs/30_losses.ipynb #cell-16
+# %% ../nbs/30_losses.ipynb #cell-18
+FLOAT_BITS = 0x7FFFFFFF  # of a positive float32
+
+
+def sort_active(
+    errors: Tensor,  # margin errors, 0 where inactive, `(P,)`
+    targets: Tensor,  # `(P,)` bool
+) -> tuple[Tensor, Tensor]:  # of the active pixels in decreasing order of error: index and label, `(N,)` int64
+    "Sort the active pixels of one class."
+    active = errors.nonzero()[:, 0]
+    bits = FLOAT_BITS - errors[active].float().view(torch.int32)
+    keys = bits.long().bitwise_left_shift_(32).add_(active, alpha=2).add_(targets[active])
+    if keys.device.type == "cpu":
+        keys.numpy().sort()
+    else:
+        keys = keys.sort().values
+    return (keys & 0xFFFFFFFF) >> 1, keys & 1
+
+# %% ../nbs/30_losses.ipynb #cell-21
+class LovaszHinge(Function):
+    "Lovász hinge of each row, `(R,)`, of scores `(R, P)`, targets `(R, P)` bool and valid pixels, broadcast to them."
+
+    @staticmethod
+    def forward(ctx, scores: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+        errors = torch.where(targets, -scores, scores).add_(1).relu_().masked_fill_(~valid, 0)
+        n_present = (targets & valid).sum(1).tolist()
+        gradient, losses = torch.zeros_like(scores), []
+        for row, row_targets, n, row_gradient in zip(errors, targets, n_present, gradient, strict=True):
+            order, label = sort_active(row, row_targets)
+            weights = lovasz_weights(label, n)
+            losses.append(row[order].double() @ weights)
+            row_gradient[order] = weights.mul_(1 - 2 * label).to(scores.dtype)
+        ctx.save_for_backward(gradient)
+        return torch.stack(losses).to(scores.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad[:, None], None, None
+
+# %% ../nbs/30_losses.ipynb #cell-23
 def lovasz_loss(
     logits: Tensor,  # `(B, C, H, W)`
     targets: Tensor,  # 0 or 1, `(B, C, H, W)`
     valid: Tensor,  # `(B, H, W)` bool
+    per_image: bool = False,  # a class in one image at a time, not in the whole batch (the authors')
 ) -> Tensor:  # scalar
     "Average the Lovász hinge of each class over the classes (eqs 6 to 9)."
-    check_shapes(logits, targets, valid)
-    if not valid.any():
-        return widen(logits).sum() * 0.0  # nothing to be wrong about, and a gradient of zero
-    scores = widen(logits).movedim(1, 0)[:, valid]  # (C, P)
-    labels = targets.movedim(1, 0)[:, valid].long()
-    errors, order = (1 - (2 * labels - 1) * scores).sort(dim=1, descending=True)
-    weights = lovasz_weights(labels.gather(1, order))
-    return (errors.relu() * weights).sum(1).mean()
+    targets, scores, valid = check_pixels(logits, targets, valid), widen(logits), valid[:, None]
+    if per_image:
+        rows = (x.expand(targets.shape).flatten(2).flatten(0, 1) for x in (scores, targets, valid))
+    else:
+        rows = (x.movedim(1, 0).flatten(1) for x in (scores, targets, valid))
+    return LovaszHinge.apply(*rows).mean()
 
-# %% ../nbs/30_losses.ipynb #cell-20
+# %% ../nbs/30_losses.ipynb #cell-31
+class BCELoss(nn.Module):
+    "`bce_loss` as a module."
+
+    def __init__(self, over_valid: bool = False):
+        super().__init__()
+        self.over_valid = over_valid
+
+    def forward(self, logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+        return bce_loss(logits, targets, valid, self.over_valid)
+
+
+class DiceLoss(nn.Module):
+    "`dice_loss` as a module."
+
+    def __init__(self, per_class: bool = False):
+        super().__init__()
+        self.per_class = per_class
+
+    def forward(self, logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+        return dice_loss(logits, targets, valid, self.per_class)
+
+
+class LovaszLoss(nn.Module):
+    "`lovasz_loss` as a module."
+
+    def __init__(self, per_image: bool = False):
+        super().__init__()
+        self.per_image = per_image
+
+    def forward(self, logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+        return lovasz_loss(logits, targets, valid, self.per_image)
+
+# %% ../nbs/30_losses.ipynb #cell-32
 class HybridLoss(nn.Module):
     "Blend the three losses (eq. 10)."
 
@@ -89,11 +180,23 @@ class HybridLoss(nn.Module):
         self,
         dice: float = 1.0,  # lambda 1, at least 0
         lovasz: float = 1.0,  # lambda 2, at least 0
+        bce: float = 1.0,  # at least 0; the paper's is 1
+        bce_over_valid: bool = False,
+        dice_per_class: bool = False,
+        lovasz_per_image: bool = False,
     ):
         super().__init__()
-        if dice < 0 or lovasz < 0:
-            raise ValueError(f"dice is {dice}, lovasz is {lovasz}: both weights must be at least 0")
-        self.dice, self.lovasz = dice, lovasz
+        self.weights = {"bce": bce, "dice": dice, "lovasz": lovasz}
+        if not all(0 <= weight < float("inf") for weight in self.weights.values()):
+            raise ValueError(f"weights are {self.weights}: each must be at least 0")
+        if not any(self.weights.values()):
+            raise ValueError("bce, dice and lovasz are all 0: nothing is left to minimise; give one of them a weight")
+        self.bce, self.dice, self.lovasz = BCELoss(bce_over_valid), DiceLoss(dice_per_class), LovaszLoss(lovasz_per_image)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        "Name the losses that have a weight, in order."
+        return tuple(name for name, weight in self.weights.items() if weight)
 
     def forward(
         self,
@@ -101,10 +204,6 @@ class HybridLoss(nn.Module):
         targets: Tensor,  # 0 or 1, `(B, C, H, W)`
         valid: Tensor,  # `(B, H, W)` bool
     ) -> dict[str, Tensor]:  # `loss`, to be minimised, then its parts
-        parts = {"bce": bce_loss(logits, targets, valid)}
-        if self.dice:
-            parts["dice"] = dice_loss(logits, targets, valid)
-        if self.lovasz:
-            parts["lovasz"] = lovasz_loss(logits, targets, valid)
-        total = parts["bce"] + sum(getattr(self, name) * parts[name] for name in parts if name != "bce")
-        return {"loss": total / (1 + self.dice + self.lovasz), **parts}
+        parts = {name: getattr(self, name)(logits, targets, valid) for name in self.parts}
+        total = sum(self.weights[name] * part for name, part in parts.items())
+        return {"loss": total / sum(self.weights.values()), **parts}

@@ -44,7 +44,8 @@ from agrivision_repro.training import (
 
 # %% auto #0
 __all__ = ['SCALES', 'Scale', 'find_scale', 'Run', 'plan_run', 'run_id', 'git', 'provenance', 'replace_file', 'write_json',
-           'Result', 'build_model', 'thin_out', 'default_out', 'Workspace', 'hold', 'resume_trainer', 'train_run']
+           'Result', 'build_model', 'build_loss', 'thin_out', 'default_out', 'Workspace', 'hold', 'resume_trainer',
+           'train_run']
 
 # %% ../nbs/60_runs.ipynb #cell-05
 @dataclass(frozen=True)
@@ -87,8 +88,12 @@ class Run:
     norm: str = "bn"  # `bn`, `ibn_a`, `ibn_b`, `ibn_s`
     dice: float = 1.0  # lambda 1 of eq. 10
     lovasz: float = 0.0  # lambda 2 of eq. 10
+    bce_over_valid: bool = False  # see `losses.bce_loss`
+    dice_per_class: bool = False  # see `losses.dice_loss`
+    lovasz_per_image: bool = False  # see `losses.lovasz_loss`
     low_level: int = 1  # low-level feature maps in the decoder
     output_stride: int = 16
+    multigrid: bool = True  # dilate layer 4's blocks by 1, 2 and 4 times the rest
     seed: int = 0
 
     @property
@@ -185,8 +190,14 @@ def build_model(run: Run) -> DeepLabV3Plus:
     torch.manual_seed(run.seed)
     return DeepLabV3Plus(
         len(run.edition.classes), run.depth, run.norm, len(CHANNELS[run.channels]), run.output_stride,
-        run.low_level, run.recipe.width, run.recipe.is_pretrained,
+        run.low_level, run.recipe.width, run.recipe.is_pretrained, run.multigrid,
     )  # fmt: skip
+
+
+def build_loss(run: Run) -> HybridLoss:
+    "Make the loss of a Run."
+    options = {name: getattr(run, name) for name in ("bce_over_valid", "dice_per_class", "lovasz_per_image")}
+    return HybridLoss(run.dice, run.lovasz, **options)
 
 # %% ../nbs/60_runs.ipynb #cell-18
 def thin_out(tiles: Sequence, limit: int) -> Sequence:
@@ -288,7 +299,7 @@ def hold(path: Path) -> Iterator[None]:
 def resume_trainer(run: Run, state: Path, device: str) -> Trainer:
     "Make the trainer of a Run, at its saved state if there is one."
     accelerator = make_accelerator(device)
-    trainer = Trainer(build_model(run), HybridLoss(run.dice, run.lovasz), run.recipe, run.seed, accelerator)
+    trainer = Trainer(build_model(run), build_loss(run), run.recipe, run.seed, accelerator)
     if state.exists():
         load_state(trainer, state)
     return trainer

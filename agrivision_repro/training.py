@@ -24,9 +24,8 @@ from .losses import HybridLoss
 from .metrics import ChallengeIoU, CountingIoU, MultilabelIoU, background_only
 
 # %% auto #0
-__all__ = ['HISTORY', 'SAVE_EVERY', 'LOG_EVERY', 'METRICS', 'Recipe', 'learning_rate', 'has_bf16', 'check_device',
-           'make_accelerator', 'Trainer', 'history_table', 'save_state', 'load_state', 'fit', 'check_finite', 'score',
-           'summarise']
+__all__ = ['SAVE_EVERY', 'LOG_EVERY', 'METRICS', 'Recipe', 'learning_rate', 'has_bf16', 'check_device', 'make_accelerator',
+           'Trainer', 'history_table', 'save_state', 'load_state', 'fit', 'check_finite', 'score', 'summarise']
 
 # %% ../nbs/50_training.ipynb #cell-05
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Recipe:
         "All iterations."
         return self.warmup + self.constant + self.decay
 
-# %% ../nbs/50_training.ipynb #cell-07
+# %% ../nbs/50_training.ipynb #cell-08
 def learning_rate(
     recipe: Recipe,
     iteration: int,  # from 0
@@ -63,7 +62,7 @@ def learning_rate(
     done = max(iteration - recipe.warmup - recipe.constant, 0) / max(recipe.decay, 1)
     return recipe.lr * (1 - done) ** recipe.power
 
-# %% ../nbs/50_training.ipynb #cell-11
+# %% ../nbs/50_training.ipynb #cell-12
 def has_bf16(device: torch.device) -> bool:
     "Tell whether the device has bf16 arithmetic of its own."
     if device.type == "cuda":
@@ -87,7 +86,7 @@ def make_accelerator(
     chosen = torch.device("cpu") if is_cpu else torch.accelerator.current_accelerator()
     return Accelerator(cpu=is_cpu, mixed_precision="bf16" if has_bf16(chosen) else "no")
 
-# %% ../nbs/50_training.ipynb #cell-14
+# %% ../nbs/50_training.ipynb #cell-15
 class Trainer:
     "A model in training."
 
@@ -122,20 +121,17 @@ class Trainer:
         self.history.append(torch.stack([losses["loss"].new_tensor(rate), *losses.values()]).detach())
         return self.history[-1]
 
-# %% ../nbs/50_training.ipynb #cell-15
-HISTORY = ("lr", "loss", "bce", "dice", "lovasz")  # columns, as far as the loss has them
-
-
+# %% ../nbs/50_training.ipynb #cell-16
 def history_table(
     rows: Sequence[Tensor],  # of `Trainer.history`
     loss: HybridLoss,
 ) -> pd.DataFrame:  # a row an iteration, from 1
     "Give the history as a table."
-    columns = [c for c in HISTORY if c not in ("dice", "lovasz") or getattr(loss, c)]
+    columns = ["lr", "loss", *loss.parts]
     table = pd.DataFrame(torch.stack(list(rows)).cpu().numpy(), columns=columns)
     return table.set_index(pd.RangeIndex(1, len(table) + 1, name="iteration"))
 
-# %% ../nbs/50_training.ipynb #cell-17
+# %% ../nbs/50_training.ipynb #cell-18
 def save_state(
     trainer: Trainer,
     path: Path,
@@ -166,7 +162,7 @@ def load_state(
         momentum = torch.empty_like(parameter).copy_(tensors[f"momentum.{name}"])  # in the parameter's memory format
         trainer.optimizer.state[parameter]["momentum_buffer"] = momentum
 
-# %% ../nbs/50_training.ipynb #cell-19
+# %% ../nbs/50_training.ipynb #cell-20
 SAVE_EVERY = 250  # iterations between states, of which the paper's model writes half a gigabyte
 LOG_EVERY = 10  # iterations between looks at the loss, which make a GPU wait
 
@@ -195,7 +191,7 @@ def fit(
         bar.update()
     bar.close()
 
-# %% ../nbs/50_training.ipynb #cell-20
+# %% ../nbs/50_training.ipynb #cell-21
 def check_finite(trainer: Trainer, row: Tensor, names: list[str]) -> None:
     "Stop a training whose loss is no number, naming the iteration and its tiles."
     if not row.isfinite().all():
@@ -204,7 +200,7 @@ def check_finite(trainer: Trainer, row: Tensor, names: list[str]) -> None:
             "lower the learning rate; the last good state is kept"
         )
 
-# %% ../nbs/50_training.ipynb #cell-22
+# %% ../nbs/50_training.ipynb #cell-23
 @torch.no_grad()
 def score(
     model: nn.Module,
@@ -226,7 +222,7 @@ def score(
             floors[name].update(background_only(batch.targets), batch.targets, batch.valid)
     return {name: summarise(metrics[name], floors[name]) for name in METRICS}
 
-# %% ../nbs/50_training.ipynb #cell-23
+# %% ../nbs/50_training.ipynb #cell-24
 METRICS: dict[str, type[CountingIoU]] = {"multilabel": MultilabelIoU, "challenge": ChallengeIoU}
 
 

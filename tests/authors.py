@@ -41,3 +41,21 @@ def backbone_state(depth: int, norm: str) -> dict[str, torch.Tensor]:
 def backbone_input() -> torch.Tensor:
     "Make the input of the golden arrays, `(2, 4, 64, 64)`."
     return torch.tensor(np.random.default_rng(1000).standard_normal((2, 4, 64, 64)).astype(np.float32)).double()
+
+
+def switch_norm_input(case: str) -> tuple[torch.Tensor, torch.Tensor]:
+    "Make input and output gradient of SwitchNorm alone, of a batch of three or of one."
+    seed, shape = {"sn3": (10, (3, 6, 5, 7)), "sn1": (8, (1, 4, 8, 8))}[case]
+    generator = np.random.default_rng(seed)
+    x, gradient = (torch.tensor(generator.standard_normal(shape)) for _ in range(2))
+    return (2 * x + 1).requires_grad_(), gradient
+
+
+def loss_input() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    "Make logits `(3, 7, 24, 24)`; read labels (class 0 is background, class 3 absent) and valid pixels."
+    shape, arrays = (3, 7, 24, 24), np.load(GOLDEN / "losses.npz")
+    generator = np.random.default_rng(50)
+    generator.random(shape)  # the labels were drawn from the same stream
+    logits = torch.tensor(3 * generator.standard_normal(shape))
+    labels, valid = (torch.tensor(np.unpackbits(arrays[name])).bool() for name in ("label", "valid"))
+    return logits, labels.view(shape), valid.view(3, 24, 24)

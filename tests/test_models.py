@@ -6,8 +6,8 @@ import pytest
 import segmentation_models_pytorch
 import timm
 import torch
-import torch.multiprocessing as mp
-from torch import distributed, nn
+from processes import in_two_processes
+from torch import nn
 
 from agrivision_repro.backbones import DEPTHS, NORMS, create_backbone
 from agrivision_repro.deeplab import DeepLabV3Plus
@@ -133,11 +133,8 @@ def run_norms(norms: nn.Module, x: torch.Tensor, gradient: torch.Tensor) -> dict
     return {"y": y.detach(), "gx": x.grad, **{k: p.grad for k, p in norms.named_parameters()}, **dict(norms.named_buffers())}
 
 
-def one_process(rank: int, folder, parts: list) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=len(parts))
-    torch.save(run_norms(make_norms(sync=True), *parts[rank]), f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+def run_part(rank: int, parts: list) -> dict:
+    return run_norms(make_norms(sync=True), *parts[rank])
 
 
 def test_two_processes_are_one(tmp_path):
@@ -145,8 +142,7 @@ def test_two_processes_are_one(tmp_path):
     generator = torch.Generator().manual_seed(3)
     x, gradient = (torch.randn(5, 6, 4, 3, dtype=torch.float64, generator=generator) for _ in range(2))
     parts = [(x[:2], gradient[:2]), (x[2:], gradient[2:])]
-    mp.spawn(one_process, (tmp_path, parts), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    first, second = in_two_processes(run_part, tmp_path, parts)
     for key, wanted in run_norms(make_norms(sync=False), x, gradient).items():
         if key in ("y", "gx"):
             got = torch.cat([first[key], second[key]])

@@ -1,0 +1,227 @@
+"Properties of losses and metrics, and everything that must not upset them."
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from processes import in_two_processes
+
+from agrivision_repro.losses import HybridLoss, bce_loss, check_pixels, dice_loss, lovasz_loss, lovasz_weights
+from agrivision_repro.metrics import ChallengeIoU, MultilabelIoU
+
+LOSSES = {
+    "bce": bce_loss,
+    "bce over valid": lambda *x: bce_loss(*x, over_valid=True),
+    "dice": dice_loss,
+    "dice per class": lambda *x: dice_loss(*x, per_class=True),
+    "lovasz": lovasz_loss,
+    "lovasz per image": lambda *x: lovasz_loss(*x, per_image=True),
+}
+METRICS = {
+    "multilabel": MultilabelIoU,
+    "challenge": ChallengeIoU,
+    "challenge, once": lambda n, **options: ChallengeIoU(n, false_positives="once", **options),
+}
+every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+every_metric = pytest.mark.parametrize("make", METRICS.values(), ids=METRICS)
+seeds = given(seed=st.integers(0, 2**31), share=st.floats(0, 1))
+
+
+def draw(seed: int, share: float, shape=(2, 3, 5, 7)):
+    "Logits, overlapping labels with background where there is none, valid pixels."
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(shape, dtype=torch.float64, generator=generator)
+    targets = torch.rand(shape, generator=generator) < share
+    targets[:, 0] = ~targets[:, 1:].any(1)
+    return logits, targets, torch.rand(shape[0], *shape[2:], generator=generator) < 0.8
+
+
+@every_loss
+@settings(max_examples=25, deadline=None)
+@seeds
+def test_order_of_pixels_does_not_matter(loss, seed, share):
+    logits, targets, valid = draw(seed, share)
+    order = torch.randperm(35, generator=torch.Generator().manual_seed(seed))
+    mixed = (x.flatten(-2)[..., order].view(x.shape) for x in (logits, targets, valid))
+    torch.testing.assert_close(loss(*mixed), loss(logits, targets, valid), rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=50, deadline=None)
+@seeds
+def test_lovasz_at_whole_errors_is_one_minus_iou(seed, share):
+    _, targets, valid = draw(seed, share)
+    found = torch.rand(targets.shape, generator=torch.Generator().manual_seed(seed + 1)) < share
+    scores = (2 * targets.double() - 1) * (found == targets)  # error 0 where right, 1 where wrong
+    hits, union = ((mask & valid[:, None]).sum((0, 2, 3)) for mask in (found & targets, found | targets))
+    iou = torch.where(union > 0, hits.double() / union, 1.0)
+    torch.testing.assert_close(lovasz_loss(scores, targets, valid), (1 - iou).mean(), rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@seeds
+def test_lovasz_is_the_textbook_form(seed, share):
+    logits, targets, valid = draw(seed, share)
+    logits = logits.float().double().requires_grad_()  # errors are ordered as float32: no ties by rounding
+    expected = 0
+    for c in range(3):
+        y, s = targets[:, c][valid].double(), logits[:, c][valid]
+        errors, order = (1 - (2 * y - 1) * s).sort(descending=True)
+        jaccard = 1 - (y.sum() - y[order].cumsum(0)) / (y.sum() + (1 - y[order]).cumsum(0))
+        expected = expected + errors.relu() @ torch.diff(jaccard, prepend=jaccard.new_zeros(1)) / 3
+    ours = lovasz_loss(logits, targets, valid)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in (ours, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@seeds
+def test_hybrid_at_zero_is_bce(seed, share):
+    pixels = draw(seed, share)
+    assert HybridLoss(0, 0)(*pixels)["loss"] == bce_loss(*pixels)
+    assert HybridLoss(0, 0, bce=0.5, bce_over_valid=True)(*pixels)["loss"] == bce_loss(*pixels, over_valid=True)
+    assert HybridLoss(0, 3, bce=0, lovasz_per_image=True)(*pixels)["loss"] == lovasz_loss(*pixels, per_image=True)
+
+
+CASES = {
+    "absent class": lambda x, y, v: (x, y & (torch.arange(3) != 1)[:, None, None], v),
+    "no valid pixel": lambda x, y, v: (x, y, torch.zeros_like(v)),
+    "all valid": lambda x, y, v: (x, y, torch.ones_like(v)),
+    "one tile without a valid pixel": lambda x, y, v: (x, y, v & torch.tensor([True, False])[:, None, None]),
+    "half precision": lambda x, y, v: (x.half(), y, v),
+    "bfloat16": lambda x, y, v: (x.bfloat16(), y, v),
+    "huge logits": lambda x, y, v: (1e30 * x.float(), y, v),
+    "invalid pixels masked by the authors' −32768": lambda x, y, v: (x.float().masked_fill(~v[:, None], -32768), y, v),
+}
+
+
+@every_loss
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_finite(case, loss):
+    logits, targets, valid = case(*draw(0, 0.3))
+    logits = logits.detach().requires_grad_()
+    value = loss(logits, targets, valid)
+    value.backward()
+    assert value.isfinite() and value.dtype in (torch.float32, torch.float64)
+    assert logits.grad.isfinite().all() and logits.grad.dtype == logits.dtype
+    assert not (logits.grad * ~valid[:, None]).any()  # nothing pulls at an invalid pixel
+
+
+@every_loss
+def test_a_broken_model_is_not_hidden(loss):
+    logits, targets, valid = draw(0, 0.3)
+    logits[0, 1, valid[0]] = float("nan")
+    assert loss(logits, targets, valid).isnan()
+
+
+def test_more_pixels_than_float32_counts():
+    "Beyond 2^24, counts in float32 stand still; the weights still add up to the whole IoU and none is lost."
+    n = 2**24 + 2**20
+    labels = torch.ones(n, dtype=torch.uint8)
+    labels[::2] = 0
+    weights = lovasz_weights(labels, n // 2)
+    torch.testing.assert_close(weights.sum(), torch.tensor(1.0, dtype=torch.float64), rtol=1e-12, atol=0)
+    assert (weights[1::2] > 0).all()
+    torch.testing.assert_close(weights[-1].item() * n, 1.0, rtol=1e-6, atol=0)  # the last label: 1/(P + k), all pixels counted
+
+
+def brute_force(make, logits, targets, valid) -> np.ndarray:
+    "Count pixel by pixel, by the words of the definition."
+    n_classes = logits.shape[1]
+    hits, predicted, present = (np.zeros(n_classes, int) for _ in range(3))
+    for b, i, j in valid.nonzero().tolist():
+        labels = set(targets[b, :, i, j].nonzero()[:, 0].tolist())
+        said = set((logits[b, :, i, j] > 0).nonzero()[:, 0].tolist())
+        if make is not MultilabelIoU:
+            chosen = int(logits[b, :, i, j].argmax())
+            said = labels if chosen in labels else {chosen}
+        times = len(labels) if make is ChallengeIoU and not said & labels else 1
+        for c in range(n_classes):
+            hits[c] += c in said and c in labels
+            predicted[c] += (c in said) * times
+            present[c] += c in labels
+    return hits / (predicted + present - hits)
+
+
+@every_metric
+@settings(max_examples=10, deadline=None)
+@seeds
+def test_metric_by_batches_at_once_and_by_hand(make, seed, share):
+    pixels = draw(seed, share)
+    whole, parts = make(3), make(3)
+    whole.update(*pixels)
+    for k in range(2):
+        parts.update(*(x[k : k + 1] for x in pixels))
+    with np.errstate(invalid="ignore"):
+        truth = brute_force(make, *pixels)
+    np.testing.assert_allclose(whole.per_class(), truth, rtol=1e-14)
+    np.testing.assert_array_equal(parts.per_class(), whole.per_class())
+    np.testing.assert_allclose(whole.compute(), np.nanmean(truth) if not np.isnan(truth).all() else np.nan)
+
+
+@every_metric
+def test_absent_classes(make):
+    targets = torch.zeros(1, 3, 2, 2, dtype=torch.bool)
+    targets[:, 0] = True
+    logits = torch.where(targets, 1.0, -1.0)
+    for absent, mean in ((None, 1), (0.0, 1 / 3), (1.0, 1)):
+        metric = make(3, absent=absent)
+        metric.update(logits, targets, torch.ones(1, 2, 2, dtype=torch.bool))
+        np.testing.assert_array_equal(metric.per_class(), [1, np.nan, np.nan])
+        np.testing.assert_allclose(metric.compute(), mean)
+
+
+def score_part(rank: int, name: str, parts: list) -> tuple:
+    metric = METRICS[name](3)
+    for part in parts[rank]:
+        metric.update(*part)
+    return metric.per_class(), metric.compute(), metric.per_class()
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_metric_of_two_processes(name, tmp_path):
+    "Unequal shares; each process gives the score of all."
+    batches = [draw(seed, 0.3) for seed in range(3)]
+    whole = METRICS[name](3)
+    for batch in batches:
+        whole.update(*batch)
+    for result in in_two_processes(score_part, tmp_path, name, [batches[:1], batches[1:]]):
+        for got, wanted in zip(result, (whole.per_class(), whole.compute(), whole.per_class()), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+BAD = {
+    "shapes that differ": (lambda x, y, v: (x, y[:1], v), "both must be"),
+    "no batch": (lambda x, y, v: (x[0], y[0], v), "both must be"),
+    "another size of valid": (lambda x, y, v: (x, y, v[:, 1:]), "wanted .B, H, W. bool"),
+    "valid not boolean": (lambda x, y, v: (x, y, v.float()), "wanted .B, H, W. bool"),
+    "labels of 255": (lambda x, y, v: (x, 255 * y.int(), v), "values from 0 to 255: wanted 0 or 1"),
+    "soft labels": (lambda x, y, v: (x, 0.5 * y, v), "values from 0.0 to 0.5: wanted 0 or 1"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "says"), BAD.values(), ids=BAD)
+def test_bad_pixels(spoil, says):
+    spoilt = spoil(*draw(0, 0.3))
+    for function in (check_pixels, *LOSSES.values(), HybridLoss(), *(make(3).update for make in METRICS.values())):
+        with pytest.raises(ValueError, match=says):
+            function(*spoilt)
+
+
+@pytest.mark.parametrize(
+    ("weights", "says"),
+    [
+        ({"dice": -1}, "each must be at least 0"),
+        ({"lovasz": float("nan")}, "each must be at least 0"),
+        ({"dice": 0, "lovasz": 0, "bce": 0}, "nothing is left to minimise"),
+    ],
+)
+def test_bad_weights(weights, says):
+    with pytest.raises(ValueError, match=says):
+        HybridLoss(**weights)
+
+
+def test_bad_overlap_rule():
+    with pytest.raises(ValueError, match="false_positives is 'twice': wanted one of per label, once"):
+        ChallengeIoU(3, false_positives="twice")
