@@ -34,7 +34,7 @@ def count_pixels(
     "Count the true pixels of each class: first in bytes, many at a time in a vector register, then in int64."
     ones = mask.flatten(2).view(torch.uint8)
     whole = ones.shape[2] // GROUP * GROUP
-    groups = ones[..., :whole].unflatten(2, (-1, GROUP)).sum(3, dtype=torch.uint8)
+    groups = ones[..., :whole].unflatten(2, (GROUP, -1)).sum(2, dtype=torch.uint8)
     return groups.sum((0, 2)) + ones[..., whole:].sum((0, 2))
 
 
@@ -92,9 +92,10 @@ class MultilabelIoU(CountingIoU):
         valid: Tensor,  # pixels that are scored, `(B, H, W)` bool
     ) -> None:
         present = check_pixels(logits, targets, valid) & valid[:, None]
-        predicted = (logits > self.threshold) & valid[:, None]
-        for name, mask in (("hits", predicted & present), ("predicted", predicted), ("present", present)):
-            getattr(self, name).add_(count_pixels(mask))
+        mask = (logits > self.threshold).bitwise_and_(valid[:, None])
+        self.predicted += count_pixels(mask)
+        self.present += count_pixels(present)
+        self.hits += count_pixels(mask.bitwise_and_(present))
 
     def counts(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.hits, self.predicted, self.present
