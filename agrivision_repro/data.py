@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
 import warnings
 from collections.abc import Sequence
@@ -20,8 +21,9 @@ from PIL import Image
 from .pictures import paint_classes
 
 # %% auto #0
-__all__ = ['BANDS', 'AGRIVISION_2020', 'TREE_RADIUS', 'EDITIONS', 'Tile', 'pack_labels', 'unpack_labels', 'decode', 'read_image',
-           'Tiles', 'need_folders', 'AgricultureVision', 'draw_disks', 'UrbanTrees', 'Edition', 'find_edition',
+__all__ = ['BANDS', 'AGRIVISION_2020', 'AGRIVISION_2021', 'TREE_RADIUS', 'AGRIVISION_CREDIT', 'EDITIONS', 'Tile', 'pack_labels',
+           'unpack_labels', 'BadFile', 'decode', 'read_image', 'Tiles', 'need_folders', 'field_of', 'AgricultureVision',
+           'AgricultureVisionYears', 'draw_disks', 'UrbanTrees', 'Edition', 'find_edition', 'home_of', 'detect_edition',
            'open_tiles', 'fingerprint', 'paint_labels', 'as_panels']
 
 # %% ../nbs/10_data.ipynb #cell-05
@@ -56,6 +58,14 @@ def unpack_labels(
 BANDS = {"L": (), "RGB": (3,), "RGBN": (4,)}  # what a file may hold → its last axis
 
 
+class BadFile(ValueError):
+    "A file that cannot be used; `kind` says in two words why."
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind
+
+
 def decode(path: Path) -> np.ndarray:  # `(H, W)` or `(H, W, bands)`
     "Decode a whole image file."
     if path.suffix == ".tif":
@@ -75,25 +85,31 @@ def read_image(
     try:
         pixels = decode(path)
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): unpack it again") from error
+        kind = "truncated" if "truncated" in str(error).lower() else "unreadable"
+        raise BadFile(kind, f"{path} cannot be read ({error}): unpack it again") from error
     if pixels.shape[2:] != BANDS[bands] or pixels.dtype != np.uint8:
-        raise ValueError(f"{path} is {pixels.shape} {pixels.dtype}, wanted {bands} bytes: unpack it again, or convert it")
+        raise BadFile("wrong mode", f"{path} is {pixels.shape} {pixels.dtype}, wanted {bands} bytes: unpack it again, or convert it")
     if size is not None and pixels.shape[:2] != tuple(size):
         got, wanted = ("×".join(map(str, s)) for s in (pixels.shape[:2], size))
-        raise ValueError(f"{path} is {got} pixels, but the tile's RGB image is {wanted}: unpack it again")
+        raise BadFile("wrong size", f"{path} is {got} pixels, but the tile's RGB image is {wanted}: unpack it again")
     return pixels
 
 # %% ../nbs/10_data.ipynb #cell-13
 class Tiles(Sequence):
     "The tiles of one split, read from disk when asked for; a subclass knows one layout."
 
+    is_by_field = False  # True where a tile's name says from which field it was cut
+    is_labelled = True
+    binary_roles: tuple[str, ...] = ()  # files that must hold 0 and 255 only
+
     def __init__(
         self,
         root: Path,  # the folder of the data set
         split: str,  # `train`, `val` or `test`
         classes: tuple[str, ...],  # class names, background first
+        unscored: tuple[str, ...] = (),  # classes whose pixels are neither trained on nor scored
     ):
-        self.root, self.split, self.classes = Path(root), split, classes
+        self.root, self.split, self.classes, self.unscored = Path(root), split, classes, unscored
         self.names = self.find_names()
         if not self.names:
             raise ValueError(f"{self.root} holds no tile of the split {split!r}: unpack the archive again")
@@ -103,12 +119,24 @@ class Tiles(Sequence):
         raise NotImplementedError
 
     def files(self, name: str) -> dict[str, Path]:
-        "Give every file of one tile by its role."
+        "Give every file of one tile by its role, the one that sets the size first."
+        raise NotImplementedError
+
+    def load(self, role: str, path: Path, size: tuple[int, int] | None) -> np.ndarray:
+        "Read one file of a tile of `size`; raises BadFile or FileNotFoundError."
+        raise NotImplementedError
+
+    def assemble(self, name: str, parts: dict[str, np.ndarray]) -> Tile:
+        "Make a tile of what its files hold."
         raise NotImplementedError
 
     def read(self, name: str) -> Tile:
         "Decode one tile."
-        raise NotImplementedError
+        parts, size = {}, None
+        for role, path in self.files(name).items():
+            parts[role] = self.load(role, path, size)
+            size = size or parts[role].shape[:2]
+        return self.assemble(name, parts)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -118,6 +146,9 @@ class Tiles(Sequence):
 
 # %% ../nbs/10_data.ipynb #cell-15
 AGRIVISION_2020 = ("cloud_shadow", "double_plant", "planter_skip", "standing_water", "waterway", "weed_cluster")
+AGRIVISION_2021 = (
+    "double_plant", "drydown", "endrow", "nutrient_deficiency", "planter_skip", "water", "waterway", "weed_cluster",
+)  # fmt: skip
 
 
 def need_folders(root: Path, folders: Sequence[str], layout: str) -> None:
@@ -132,39 +163,95 @@ def need_folders(root: Path, folders: Sequence[str], layout: str) -> None:
             f"give the folder that holds {folders[0]}, or name another data set"
         )
 
+
+def field_of(
+    name: str,  # of a tile
+) -> str:
+    "Name the field that a tile was cut from."
+    return name.split("_")[0]
+
 # %% ../nbs/10_data.ipynb #cell-16
 class AgricultureVision(Tiles):
-    "A split in the layout of the Agriculture-Vision challenge of 2020."
+    "A split in the layout of the Agriculture-Vision challenges."
+
+    layout, images, labels, masks = "agrivision", "images", "labels", ("boundaries", "masks")
+    unlabelled = ("test",)  # splits without labels
+    is_by_field = True
 
     def find_names(self) -> list[str]:
-        labels = [f"{self.split}/labels/{c}" for c in self.classes[1:]] if self.split != "test" else []
-        need_folders(self.root, [f"{self.split}/images/rgb", f"{self.split}/images/nir", *labels], "agrivision-2020")
-        self.folder = self.root / self.split
-        self.masks = [d for d in ("boundaries", "masks") if (self.folder / d).is_dir()]
-        if len(self.masks) < 2:
-            warnings.warn(f"{self.folder} lacks boundaries/ or masks/: what they would hide counts as valid", stacklevel=3)
-        return sorted(path.stem for path in (self.folder / "images/rgb").glob("*.jpg"))
+        homes, found = self.find_homes(), {}
+        self.is_labelled = self.split not in self.unlabelled
+        self.label_roles = self.classes[1:] if self.is_labelled else ()
+        needed = [f"{self.images}/rgb", f"{self.images}/nir", *(f"{self.labels}/{c}" for c in self.label_roles)]
+        need_folders(self.root, [f"{home.relative_to(self.root)}/{f}" for home in homes for f in needed], self.layout)
+        for home in homes:
+            found |= {path.stem: home for path in (home / self.images / "rgb").glob("*.jpg") if self.holds(path.stem)}
+        self.home = found
+        self.mask_roles = [m for m in self.masks if all((home / m).is_dir() for home in homes)]
+        self.unscored_roles = [c for c in self.unscored if self.label_roles and all((h / self.labels / c).is_dir() for h in homes)]
+        self.binary_roles = (*self.label_roles, *self.unscored_roles, *self.mask_roles)
+        if len(self.mask_roles) < len(self.masks):
+            lacking = "/ or ".join(self.masks)
+            warnings.warn(f"{homes[0]} lacks {lacking}/: what they would hide counts as valid", stacklevel=3)
+        return sorted(found)
+
+    def find_homes(self) -> list[Path]:
+        "List the folders that hold images, labels and masks."
+        return [self.root / self.split]
+
+    def holds(self, name: str) -> bool:
+        "Say whether a tile found there belongs to this split."
+        return True
 
     def files(self, name: str) -> dict[str, Path]:
-        labels = self.classes[1:] if self.split != "test" else ()
+        home = self.home[name]
         return {
-            "rgb": self.folder / f"images/rgb/{name}.jpg",
-            "nir": self.folder / f"images/nir/{name}.jpg",
-            **{c: self.folder / f"labels/{c}/{name}.png" for c in labels},
-            **{d: self.folder / f"{d}/{name}.png" for d in self.masks},
+            **{role: home / self.images / role / f"{name}.jpg" for role in ("rgb", "nir")},
+            **{c: home / self.labels / c / f"{name}.png" for c in (*self.label_roles, *self.unscored_roles)},
+            **{m: home / m / f"{name}.png" for m in self.mask_roles},
         }
 
-    def read(self, name: str) -> Tile:
-        files = self.files(name)
-        rgb = read_image(files["rgb"], "RGB")
-        size = rgb.shape[:2]
-        nir = read_image(files["nir"], "L", size)
-        masks = {k: read_image(p, "L", size) == 255 for k, p in files.items() if k not in ("rgb", "nir")}
-        valid = np.logical_and.reduce([np.ones(size, bool), *(masks.pop(d) for d in self.masks)])
-        labels = pack_labels(list(masks.values())) if masks else np.zeros(size, np.uint8)
-        return Tile(name, np.concatenate([rgb, nir[..., None]], 2).transpose(2, 0, 1).copy(), labels, valid)
+    def load(self, role: str, path: Path, size: tuple[int, int] | None) -> np.ndarray:
+        return read_image(path, "RGB" if role == "rgb" else "L", size)
 
-# %% ../nbs/10_data.ipynb #cell-21
+    def assemble(self, name: str, parts: dict[str, np.ndarray]) -> Tile:
+        image = np.concatenate([parts["rgb"], parts["nir"][..., None]], 2).transpose(2, 0, 1).copy()
+        valid, labels = np.ones(image.shape[1:], bool), np.zeros(image.shape[1:], np.uint8)
+        for mask in self.mask_roles:
+            valid &= parts[mask] == 255
+        if self.label_roles:
+            labels = pack_labels([parts[c] == 255 for c in self.label_roles])
+        for c in self.unscored_roles:
+            valid &= (parts[c] != 255) | (labels > 0)
+        return Tile(name, image, labels, valid)
+
+# %% ../nbs/10_data.ipynb #cell-18
+class AgricultureVisionYears(AgricultureVision):
+    "A split in the layout of the Agriculture-Vision dataset paper: a tree a year, splits by lists of fields."
+
+    layout, images, labels, masks = "agrivision-cvpr2020", "field_images", "field_labels", ("field_bounds", "field_masks")
+    unlabelled = ()
+
+    def find_homes(self) -> list[Path]:
+        homes = sorted(self.root.glob("data20??_miniscale"))
+        if not homes:
+            need_folders(self.root, ["data2017_miniscale"], self.layout)
+        self.fields = set().union(*(self.read_fields(home) for home in homes))
+        return homes
+
+    def read_fields(self, home: Path) -> list[str]:
+        "List the fields of this split in one year."
+        path = self.root / home.name.replace("miniscale", "splits.json")
+        try:
+            return json.loads(path.read_text())[self.split]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            remedy = f"get it from where {home.name} came from"
+            raise ValueError(f"{path} does not list the fields of {self.split} ({error}): {remedy}") from error
+
+    def holds(self, name: str) -> bool:
+        return field_of(name) in self.fields
+
+# %% ../nbs/10_data.ipynb #cell-23
 TREE_RADIUS = 7  # pixels of 0.6 m
 
 
@@ -183,7 +270,7 @@ def draw_disks(
         window |= (rows - y) ** 2 + (columns - x) ** 2 <= radius**2
     return mask
 
-# %% ../nbs/10_data.ipynb #cell-23
+# %% ../nbs/10_data.ipynb #cell-25
 class UrbanTrees(Tiles):
     "A split of the Urban Tree Detection Data, in its own layout: `images/*.tif`, `csv/*.csv`, `{train,val,test}.txt`."
 
@@ -198,22 +285,22 @@ class UrbanTrees(Tiles):
         points = self.root / f"csv/{name}.csv"
         return {"image": self.root / f"images/{name}.tif", **({"points": points} if points.exists() else {})}
 
-    def read(self, name: str) -> Tile:
-        files = self.files(name)
-        pixels = read_image(files["image"], "RGBN")
-        labels = draw_disks(self.read_points(files.get("points")), pixels.shape[:2])
+    def load(self, role: str, path: Path, size: tuple[int, int] | None) -> np.ndarray:
+        return read_image(path, "RGBN", size) if role == "image" else self.read_points(path)
+
+    def assemble(self, name: str, parts: dict[str, np.ndarray]) -> Tile:
+        pixels = parts["image"]
+        labels = draw_disks(parts.get("points", np.zeros((0, 2))), pixels.shape[:2])
         return Tile(name, pixels.transpose(2, 0, 1).copy(), labels.astype(np.uint8), np.ones(labels.shape, bool))
 
-    def read_points(self, path: Path | None) -> np.ndarray:
-        "Read tree centres `(N, 2)`; no file, no tree."
-        if path is None:
-            return np.zeros((0, 2))
+    def read_points(self, path: Path) -> np.ndarray:
+        "Read tree centres `(N, 2)`."
         try:
             return pd.read_csv(path)[["x", "y"]].to_numpy(float)
         except (KeyError, ValueError) as error:
-            raise ValueError(f"{path} is not a table of tree points x,y ({error}): get it again") from error
+            raise BadFile("unreadable", f"{path} is not a table of tree points x,y ({error}): get it again") from error
 
-# %% ../nbs/10_data.ipynb #cell-25
+# %% ../nbs/10_data.ipynb #cell-27
 @dataclass(frozen=True)
 class Edition:
     "A data set by name."
@@ -223,48 +310,83 @@ class Edition:
     classes: tuple[str, ...]  # class names, background first
     reader: type[Tiles]
     credit: str  # source and licence, shown beside every picture made of it
+    clues: tuple[str, ...]  # what its folder holds, as patterns: how it is recognised
+    folder: str = ""  # what its archive unpacks to; the folder above is understood, too
+    unscored: tuple[str, ...] = ()  # labelled, but neither trained on nor scored
     is_papers: bool = False  # True for the data behind the paper's tables, and for no other
 
-# %% ../nbs/10_data.ipynb #cell-26
+# %% ../nbs/10_data.ipynb #cell-28
+AGRIVISION_CREDIT = "Agriculture-Vision (Chiu et al. 2020), non-commercial research, not redistributed"
 EDITIONS = {
     e.name: e
     for e in (
         Edition(
-            "agrivision-2020", "Agriculture-Vision challenge 2020", ("background", *AGRIVISION_2020), AgricultureVision,
-            "Agriculture-Vision (Chiu et al. 2020), non-commercial research, not redistributed", is_papers=True,
+            "synthetic", "synthetic farmland", ("background", *AGRIVISION_2020), AgricultureVision,
+            "synthetic farmland generated by agrivision_repro (Apache-2.0)", ("farmland.json",), "Agriculture-Vision",
         ),
         Edition(
-            "synthetic", "synthetic farmland", ("background", *AGRIVISION_2020), AgricultureVision,
-            "synthetic farmland generated by agrivision_repro (Apache-2.0)",
+            "agrivision-2020", "Agriculture-Vision challenge 2020", ("background", *AGRIVISION_2020), AgricultureVision,
+            AGRIVISION_CREDIT, ("train/labels/standing_water",), "Agriculture-Vision", is_papers=True,
+        ),
+        Edition(
+            "agrivision-2021", "Agriculture-Vision challenge 2021", ("background", *AGRIVISION_2021), AgricultureVision,
+            AGRIVISION_CREDIT, ("train/labels/drydown",), "Agriculture-Vision-2021", ("storm_damage",),
+        ),
+        Edition(
+            "agrivision-cvpr2020", "Agriculture-Vision, the dataset paper's", ("background", *AGRIVISION_2021), AgricultureVisionYears,
+            AGRIVISION_CREDIT, ("data20??_miniscale",), "", ("storm_damage",),
         ),
         Edition(
             "naip-trees", "NAIP aerial chips with trees", ("background", "tree"), UrbanTrees,
-            "NAIP chips and tree points: Ventura et al. 2024, Urban Tree Detection Data, CC BY 4.0",
+            "NAIP chips and tree points: Ventura et al. 2024, Urban Tree Detection Data, CC BY 4.0", ("images", "csv"),
         ),
     )
 }  # fmt: skip
 
-
-def find_edition(name: str) -> Edition:
+# %% ../nbs/10_data.ipynb #cell-29
+def find_edition(
+    name: str,  # a key of `EDITIONS`, or `classes:NAME,NAME,…`
+) -> Edition:
     "Look an edition up by name."
+    if name.startswith("classes:"):
+        classes = tuple(filter(None, name.removeprefix("classes:").split(",")))
+        if not 1 <= len(set(classes)) == len(classes) <= 8 or "background" in classes:
+            raise ValueError(f"data is {name!r}: wanted classes: and 1 to 8 different names; background is added by itself")
+        return Edition(name, "own data", ("background", *classes), AgricultureVision, "own data", ())
     if name not in EDITIONS:
-        raise ValueError(f"data is {name!r}: wanted one of {', '.join(EDITIONS)}")
+        raise ValueError(f"data is {name!r}: wanted one of {', '.join(EDITIONS)}, or classes:NAME,NAME,…")
     return EDITIONS[name]
 
-# %% ../nbs/10_data.ipynb #cell-27
+
+def home_of(edition: Edition, root: Path) -> Path:
+    "Give `root`, or the folder within it that the edition's archive unpacks to."
+    return root / edition.folder if edition.folder and (root / edition.folder).is_dir() else root
+
+
+def detect_edition(
+    root: str | Path,  # the folder of a data set
+) -> str:  # a key of `EDITIONS`
+    "Recognise a data set by what its folder holds."
+    need_folders(Path(root), [], "")
+    for name, edition in EDITIONS.items():
+        if all(any(home_of(edition, Path(root)).glob(clue)) for clue in edition.clues):
+            return name
+    found = ", ".join(sorted(p.name for p in Path(root).iterdir())[:8]) or "nothing"
+    raise ValueError(f"{root} looks like none of {', '.join(EDITIONS)} (it holds: {found}): name the data, or classes:NAME,NAME,…")
+
+# %% ../nbs/10_data.ipynb #cell-30
 def open_tiles(
-    edition: str,  # a key of `EDITIONS`
-    root: str | Path,  # the folder of the data set, or the folder that holds `Agriculture-Vision/`
+    edition: str,  # a key of `EDITIONS`, or `classes:NAME,NAME,…`
+    root: str | Path,  # the folder of the data set, or the one above
     split: str,  # `train`, `val` or `test`
 ) -> Tiles:
     "Open one split of a data set."
     if split not in ("train", "val", "test"):
         raise ValueError(f"split is {split!r}: wanted train, val or test")
-    found, root = find_edition(edition), Path(root)
-    inner = root / "Agriculture-Vision"
-    return found.reader(inner if inner.is_dir() else root, split, found.classes)
+    found = find_edition(edition)
+    return found.reader(home_of(found, Path(root)), split, found.classes, found.unscored)
 
-# %% ../nbs/10_data.ipynb #cell-30
+# %% ../nbs/10_data.ipynb #cell-33
 def fingerprint(
     splits: Sequence[Tiles],
 ) -> str:  # 12 hexadecimal digits
@@ -279,7 +401,7 @@ def fingerprint(
                 digest.update(f"{role}/{name}:{path.stat().st_size}\n".encode())
     return digest.hexdigest()[:12]
 
-# %% ../nbs/10_data.ipynb #cell-33
+# %% ../nbs/10_data.ipynb #cell-36
 def paint_labels(
     bits: np.ndarray,  # label bits, `(H, W)` uint8
     valid: np.ndarray,  # `(H, W)` bool

@@ -1,0 +1,207 @@
+"Every edition in its true layout, and every fault of a copy named."
+
+import io
+import json
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from trees import CLASSES_2021, FARM, farm_2020, farm_2021, farm_cvpr2020
+
+from agrivision_repro.check import check_data, unpack_archive
+from agrivision_repro.cli import main
+from agrivision_repro.data import AGRIVISION_2020, AGRIVISION_2021, detect_edition, field_of, open_tiles
+from agrivision_repro.synthetic import write_farmland
+
+NAIP = Path(__file__).resolve().parents[2] / "shared" / "naip-trees"  # 120 chips, beside a developer's checkout only
+
+
+@pytest.fixture(scope="module")
+def farm(tmp_path_factory):
+    return write_farmland(tmp_path_factory.mktemp("farm") / "farm", FARM)
+
+
+def bit(tile, classes: tuple[str, ...], name: str) -> np.ndarray:
+    "The mask of one class."
+    return (tile.labels >> classes.index(name) & 1).astype(bool)
+
+
+@pytest.mark.parametrize(("layout", "edition"), [(farm_2021, "agrivision-2021"), (farm_cvpr2020, "agrivision-cvpr2020")])
+def test_other_editions(layout, edition, farm, tmp_path):
+    "Every pixel and label of the farm comes back; storm damage alone is neither background nor scored."
+    root = layout(tmp_path / "data")
+    assert detect_edition(root) == edition
+    for split in ("train", "val"):
+        tiles = open_tiles(edition, root, split)
+        assert tiles.classes == ("background", *AGRIVISION_2021)
+        truth = {tile.name: tile for tile in open_tiles("synthetic", farm, split)}
+        assert tiles.names == sorted(truth)
+        for tile in tiles:
+            old = truth[tile.name]
+            np.testing.assert_array_equal(tile.image, old.image)
+            for name in AGRIVISION_2021:
+                np.testing.assert_array_equal(bit(tile, AGRIVISION_2021, name), bit(old, AGRIVISION_2020, CLASSES_2021[name]))
+            storm = bit(old, AGRIVISION_2020, CLASSES_2021["storm_damage"])
+            np.testing.assert_array_equal(tile.valid, old.valid & (~storm | (tile.labels > 0)))
+
+
+def test_storm_damage_alone_is_invalid(tmp_path):
+    root = farm_2021(tmp_path / "data")
+    tiles = open_tiles("agrivision-2021", root, "train")
+    files = tiles.files(tiles.names[0])
+    size = tiles[0].labels.shape
+    for role in tiles.label_roles:
+        Image.new("L", size).save(files[role])
+    Image.new("L", size, 255).save(files["storm_damage"])
+    assert not open_tiles("agrivision-2021", root, "train")[0].valid.any()
+
+
+def test_the_papers_edition_is_found_from_above_and_within(tmp_path):
+    root = farm_2020(tmp_path / "data")
+    assert detect_edition(root) == detect_edition(root / "Agriculture-Vision") == "agrivision-2020"
+    assert open_tiles("agrivision-2020", root, "val").names == open_tiles("agrivision-2020", root / "Agriculture-Vision", "val").names
+
+
+def test_own_classes(farm):
+    tiles = open_tiles("classes:waterway,weed_cluster", farm, "train")
+    whole = open_tiles("synthetic", farm, "train")
+    assert tiles.classes == ("background", "waterway", "weed_cluster")
+    for ours, theirs in zip(tiles, whole, strict=True):
+        np.testing.assert_array_equal(ours.labels, theirs.labels >> 4 & 3)
+    with pytest.raises(FileNotFoundError, match="lacks train/labels/road"):
+        open_tiles("classes:road", farm, "train")
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", '{"train": []}'])
+def test_bad_split_lists(text, tmp_path):
+    root = farm_cvpr2020(tmp_path / "data")
+    (root / "data2017_splits.json").write_text(text)
+    with pytest.raises(ValueError, match="data2017_splits.json does not list the fields of val"):
+        open_tiles("agrivision-cvpr2020", root, "val")
+
+
+def test_missing_masks_are_said_once(farm, tmp_path):
+    root = shutil.copytree(farm, tmp_path / "copy")
+    for split in ("train", "val", "test"):
+        shutil.rmtree(root / split / "boundaries")
+        shutil.rmtree(root / split / "masks")
+    with pytest.warns(UserWarning, match="lacks boundaries/ or masks/") as warned:
+        tiles = open_tiles("synthetic", root, "train")
+        assert all(tile.valid.all() for tile in tiles)
+    assert len(warned) == 1
+
+
+def test_counts_are_right(farm):
+    report = check_data(farm, n_workers=2)
+    assert report.is_trustworthy and not report.faults and list(report.splits) == ["train", "val", "test"]
+    for split, census in report.splits.items():
+        tiles = list(open_tiles("synthetic", farm, split))
+        labels, valid = (np.stack([getattr(tile, name) for tile in tiles]) for name in ("labels", "valid"))
+        n_labels = sum((labels >> k & 1).astype(int) for k in range(6))
+        assert census.n_tiles == len(tiles) and census.fields == {field_of(tile.name) for tile in tiles}
+        assert (census.n_pixels, census.n_valid) == (valid.size, valid.sum())
+        assert census.n_overlapping == ((n_labels > 1) & valid).sum()
+        wanted = [((n_labels == 0) & valid).sum(), *(((labels >> k & 1) * valid).sum() for k in range(6))]
+        np.testing.assert_array_equal(census.pixels, wanted)
+        nir = np.concatenate([tile.image[3][tile.valid] for tile in tiles]) / 255
+        np.testing.assert_allclose(census.channel_table().loc["NIR"], [nir.mean(), nir.std()], atol=1e-4)
+
+
+def plant_faults(root: Path) -> dict[str, str]:
+    "Damage a copy in twelve ways; give kind → a word that must stand in the message."
+    tiles = open_tiles("synthetic", root, "train")
+    names, planted = iter(tiles.names), {}
+
+    def spoil(kind: str, role: str, write) -> None:
+        path = tiles.files(next(names))[role]
+        write(path)
+        planted[kind] = str(path)
+
+    spoil("missing", "nir", Path.unlink)
+    spoil("unreadable", "rgb", lambda p: p.write_bytes(b"not an image"))
+    spoil("truncated", "rgb", lambda p: p.write_bytes(p.read_bytes()[:-200]))
+    spoil("wrong mode", "masks", lambda p: Image.new("RGB", (64, 64), "white").save(p))
+    spoil("wrong size", "waterway", lambda p: Image.new("L", (63, 64)).save(p))
+    spoil("not binary", "weed_cluster", lambda p: Image.new("L", (64, 64), 128).save(p))
+    spoil("no valid pixel", "boundaries", lambda p: Image.new("L", (64, 64)).save(p))
+    planted["no valid pixel"] = Path(planted["no valid pixel"]).stem
+    first, second, moved, shared = (next(names) for _ in range(4))
+    shutil.copy(tiles.files(first)["rgb"], tiles.files(second)["rgb"])
+    planted["duplicate"] = second
+    for old, new, folder in ((moved, "nameless", "train"), (shared, shared, "val"), (shared, f"{field_of(shared)}_9-9-73-73", "val")):
+        for role, path in tiles.files(old).items():
+            copy = root / folder / path.relative_to(root / "train").with_stem(new)
+            path.rename(copy) if old == moved else shutil.copy(path, copy)
+            if role == "rgb" and new != old and old == shared:  # another image of the same field
+                Image.fromarray(np.asarray(Image.open(path))[::-1]).save(copy, quality=95)
+    planted |= {"bad name": "nameless", "name in two splits": shared, "field in two splits": field_of(shared)}
+    stray = root / "val/labels/waterway/XXXXXXXXX_0-0-64-64.png"
+    Image.new("L", (64, 64)).save(stray)
+    return planted | {"without image": str(stray)}
+
+
+def test_twelve_faults_are_all_named(farm, tmp_path, monkeypatch, capsys):
+    root = shutil.copytree(farm, tmp_path / "copy")
+    planted = plant_faults(root)
+    assert len(planted) == 12
+    report = check_data(root, n_workers=1)
+    found = {fault.kind: [f.message for f in report.faults if f.kind == fault.kind] for fault in report.faults}
+    assert found.keys() == planted.keys()
+    for kind, word in planted.items():
+        assert any(word in message for message in found[kind]), kind
+    assert not report.is_trustworthy
+    monkeypatch.setattr(sys, "argv", ["agrivision", "data", "check", str(root), "--json"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    printed = json.loads(capsys.readouterr().out)
+    assert stop.value.code == 1 and len(printed["faults"]) == len(report.faults)
+
+
+def test_a_tile_without_valid_pixel_is_no_reason_for_distrust(farm, tmp_path):
+    root = shutil.copytree(farm, tmp_path / "copy")
+    tiles = open_tiles("synthetic", root, "train")
+    Image.new("L", (64, 64)).save(tiles.files(tiles.names[0])["masks"])
+    report = check_data(root, n_workers=1)
+    assert [fault.kind for fault in report.faults] == ["no valid pixel"] and report.is_trustworthy
+
+
+@pytest.mark.skipif(not NAIP.is_dir(), reason="the NAIP chips are not beside this checkout")
+def test_naip_chips():
+    assert detect_edition(NAIP) == "naip-trees"
+    report = check_data(NAIP, n_workers=2)
+    assert report.is_trustworthy and not report.faults
+    assert sum(census.n_tiles for census in report.splits.values()) == 120
+    assert {size for census in report.splits.values() for size in census.sizes} == {(256, 256)}
+
+
+def hostile_archive(path: Path, name: str, link: str = "") -> Path:
+    "A tar archive with one member of that name, or a link to there."
+    with tarfile.open(path, "w") as archive:
+        member = tarfile.TarInfo(name)
+        if link:
+            member.type, member.linkname = tarfile.SYMTYPE, link
+        archive.addfile(member, io.BytesIO(b""))
+    return path
+
+
+@pytest.mark.parametrize(("name", "link"), [("../out.txt", ""), ("/tmp/out.txt", ""), ("a/../../out.txt", ""), ("inside", "/etc")])
+def test_archives_that_reach_outside(name, link, tmp_path):
+    with pytest.raises(ValueError, match="is a link or would land outside the folder"):
+        unpack_archive(hostile_archive(tmp_path / "bad.tar", name, link), tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.tar"]
+
+
+def test_truncated_archive(farm, tmp_path):
+    with tarfile.open(tmp_path / "whole.tar.gz", "w:gz") as archive:
+        archive.add(farm, "Agriculture-Vision")
+    half = tmp_path / "half.tar.gz"
+    half.write_bytes((tmp_path / "whole.tar.gz").read_bytes()[:20_000])
+    with pytest.raises(ValueError, match="is damaged"):
+        unpack_archive(half, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    new = unpack_archive(tmp_path / "whole.tar.gz", tmp_path / "new")
+    assert detect_edition(new) == detect_edition(new / "Agriculture-Vision") == "synthetic"  # whatever its folder is called

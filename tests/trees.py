@@ -1,0 +1,56 @@
+"Data sets on disk, in every layout: synthetic farmland, moved to where each edition keeps its files."
+
+import json
+import shutil
+from pathlib import Path
+
+from agrivision_repro.data import field_of
+from agrivision_repro.synthetic import Farmland, write_farmland
+
+FARM = Farmland(size=64, train_fields=3, val_fields=2, test_fields=1)
+CLASSES_2021 = {  # each class of 2021 → the synthetic class that plays it
+    "double_plant": "double_plant", "drydown": "cloud_shadow", "endrow": "planter_skip", "nutrient_deficiency": "weed_cluster",
+    "planter_skip": "planter_skip", "storm_damage": "standing_water", "water": "standing_water", "waterway": "waterway",
+    "weed_cluster": "weed_cluster",
+}  # fmt: skip
+
+
+def farm_2020(folder: Path) -> Path:
+    "The layout of the challenge of 2020."
+    root = folder / "Agriculture-Vision"
+    shutil.copytree(write_farmland(folder / "farm", FARM), root)
+    (root / "farmland.json").unlink()
+    return folder
+
+
+def farm_2021(folder: Path) -> Path:
+    "The layout and classes of 2021."
+    old = farm_2020(folder) / "Agriculture-Vision"
+    for split in ("train", "val"):
+        labels = old / split / "labels"
+        labels.rename(labels.with_name("labels_2020"))
+        for name, played_by in CLASSES_2021.items():
+            shutil.copytree(labels.with_name("labels_2020") / played_by, labels / name)
+        shutil.rmtree(labels.with_name("labels_2020"))
+    old.rename(folder / "Agriculture-Vision-2021")
+    return folder
+
+
+def farm_cvpr2020(folder: Path) -> Path:
+    "The layout of the dataset paper: two years, splits by fields. The test fields carry labels."
+    old, names = farm_2021(folder) / "Agriculture-Vision-2021", {"boundaries": "field_bounds", "masks": "field_masks"}
+    splits = {year: {"train": [], "val": [], "test": []} for year in (2017, 2019)}
+    for split in ("train", "val"):
+        for path in [p for p in (old / split).rglob("*") if p.is_file()]:
+            field, part = field_of(path.stem), path.relative_to(old / split)
+            year = (2017, 2019)[sum(map(ord, field)) % 2]
+            if field not in splits[year][split]:
+                splits[year][split].append(field)
+            top = names.get(part.parts[0], f"field_{part.parts[0]}")
+            new = folder / f"data{year}_miniscale" / top / Path(*part.parts[1:])
+            new.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(new)
+    for year, fields in splits.items():
+        (folder / f"data{year}_splits.json").write_text(json.dumps(fields))
+    shutil.rmtree(old)
+    return folder
