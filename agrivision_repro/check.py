@@ -11,27 +11,29 @@ import re
 import shutil
 import tarfile
 import tempfile
+import time
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from .data import BadFile, Tiles, detect_edition, field_of, find_edition, open_tiles, unpack_labels
+from .data import BadFile, Tiles, detect_edition, field_of, find_edition, open_splits, unpack_labels
 
 # %% auto #0
 __all__ = ['FAULTS', 'HARMLESS', 'TILE_NAME', 'Fault', 'Census', 'count_tile', 'TileReport', 'read_parts', 'check_tile',
-           'SplitReport', 'check_split', 'find_strays', 'find_repeats', 'find_shared_fields', 'CheckReport',
-           'check_data', 'list_members', 'unpack_archive', 'nearest_folder']
+           'worker_pool', 'exit_with_parent', 'SplitReport', 'check_split', 'find_strays', 'find_repeats',
+           'find_shared_fields', 'CheckReport', 'check_data', 'list_members', 'unpack_archive', 'nearest_folder']
 
 # %% ../nbs/11_check.ipynb #cell-05
 FAULTS = {
@@ -153,6 +155,26 @@ def check_tile(tiles: Tiles, name: str) -> TileReport:
     return TileReport(name, tuple(faults), census, digest)
 
 # %% ../nbs/11_check.ipynb #cell-12
+def worker_pool(
+    n_workers: int,
+) -> AbstractContextManager[ProcessPoolExecutor | None]:
+    "Make a pool of processes; None for one worker, which is this process."
+    if n_workers < 2:
+        return nullcontext()
+    return ProcessPoolExecutor(n_workers, initializer=exit_with_parent, initargs=(os.getpid(),))
+
+
+def exit_with_parent(parent: int) -> None:
+    "End this process soon after its parent has ended."
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+# %% ../nbs/11_check.ipynb #cell-14
 @dataclass
 class SplitReport:
     "What a split holds, and what is wrong with it."
@@ -169,7 +191,7 @@ def check_split(
 ) -> SplitReport:
     "Check every tile of a split, several at a time."
     report, check = SplitReport(Census(tiles.classes, tiles.is_labelled)), partial(check_tile, tiles)
-    with ProcessPoolExecutor(n_workers) if n_workers > 1 else nullcontext() as pool:
+    with worker_pool(n_workers) as pool:
         found = pool.map(check, tiles.names, chunksize=16) if pool else map(check, tiles.names)
         bar = tqdm(found, f"checking {tiles.split}", len(tiles.names), unit="tile", disable=not shows_progress)
         for tile_report in bar:
@@ -191,7 +213,7 @@ def find_strays(tiles: Tiles) -> list[Fault]:
     message = "belongs to no tile of this split: its RGB image is missing, or it is a leftover"
     return [Fault("without image", str(path.relative_to(tiles.root)), f"{path} {message}") for path in strays]
 
-# %% ../nbs/11_check.ipynb #cell-14
+# %% ../nbs/11_check.ipynb #cell-16
 def find_repeats(digests: dict[str, dict[str, str]]) -> list[Fault]:
     "Find equal images and equal names, in one split or in two; `digests` by split and tile."
     faults, by_digest, by_name = [], {}, {}
@@ -216,7 +238,7 @@ def find_shared_fields(names: dict[str, Iterable[str]]) -> list[Fault]:
         for shared in sorted(fields[one] & fields[two])
     ]
 
-# %% ../nbs/11_check.ipynb #cell-17
+# %% ../nbs/11_check.ipynb #cell-19
 @dataclass(frozen=True)
 class CheckReport:
     "What a data set holds, and all that is wrong with it."
@@ -257,30 +279,23 @@ class CheckReport:
         verdict = "the tables can rest on it" if self.is_trustworthy else "the tables could NOT be trusted"
         return "\n".join([*lines, f"{len(self.faults)} faults: {verdict}"])
 
-# %% ../nbs/11_check.ipynb #cell-18
+# %% ../nbs/11_check.ipynb #cell-20
 def check_data(
     root: str | Path,  # the folder of a data set
     data: str = "",  # its edition; "": detected
     n_workers: int = 0,  # processes; 0: one a core
     shows_progress: bool = False,  # a bar on stderr
 ) -> CheckReport:
-    "Check every split of a data set; a copy may lack the test split, which has no labels."
-    data, reports, is_by_field = data or detect_edition(root), {}, False
-    for split in ("train", "val", "test"):
-        try:
-            tiles = open_tiles(data, root, split)
-        except (FileNotFoundError, ValueError):
-            if split != "test":
-                raise
-        else:
-            reports[split] = check_split(tiles, n_workers or os.cpu_count() or 1, shows_progress)
-            is_by_field = tiles.is_by_field
+    "Check every split of a data set."
+    data = data or detect_edition(root)
+    splits = open_splits(data, root)
+    reports = {tiles.split: check_split(tiles, n_workers or os.cpu_count() or 1, shows_progress) for tiles in splits}
     digests = {split: report.digests for split, report in reports.items()}
     faults = [fault for report in reports.values() for fault in report.faults] + find_repeats(digests)
-    faults += find_shared_fields(digests) if is_by_field else []
+    faults += find_shared_fields(digests) if splits[0].is_by_field else []
     return CheckReport(data, str(root), {split: report.census for split, report in reports.items()}, tuple(faults))
 
-# %% ../nbs/11_check.ipynb #cell-23
+# %% ../nbs/11_check.ipynb #cell-25
 def list_members(path: Path) -> dict[str, int]:  # name → bytes
     "List the files of a tar or zip archive, refusing links and everything that would land outside a folder."
     if tarfile.is_tarfile(path):

@@ -17,7 +17,8 @@ import typer
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'Root', 'DataName', 'Workers', 'AsJson', 'agrivision', 'read_value', 'read_parameters',
-           'run_notebook', 'choose_tables', 'reproduce', 'read_seeds', 'plan_table', 'check', 'stats', 'unpack', 'main']
+           'run_notebook', 'choose_tables', 'reproduce', 'read_seeds', 'plan_table', 'check', 'stats', 'pack', 'unpack',
+           'main']
 
 # %% ../nbs/72_cli.ipynb #cell-05
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
@@ -138,7 +139,7 @@ def plan_table(
     return TABLES[name](**{k: v for k, v in parameters.items() if k in takes}), parameters
 
 # %% ../nbs/72_cli.ipynb #cell-15
-data_app = typer.Typer(help="Unpack, check and describe a data set.", no_args_is_help=True)
+data_app = typer.Typer(help="Unpack, check, describe and pack a data set.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 Root = Annotated[Path, typer.Argument(help="Folder of the data set.")]
 DataName = Annotated[str, typer.Option("--data", help="Its edition, or classes:NAME,NAME,… of your own. Detected if not given.")]
@@ -170,6 +171,18 @@ def stats(root: Root, data: DataName = "", workers: Workers = 0, as_json: AsJson
             print(f"{split}: {census.n_tiles} tiles", census.channel_table(), classes, "", sep="\n")
     if not report.is_trustworthy:
         print(f"{len(report.faults)} faults, not counted here: agrivision data check {root}", file=sys.stderr)
+
+
+@data_app.command()
+def pack(root: Root, data: DataName = "", workers: Workers = 0):
+    "Decode every split once, into ROOT/packed; trainings then read from there."
+    from agrivision_repro.data import detect_edition, open_splits
+    from agrivision_repro.pack import pack_folder, pack_split
+
+    data = data or detect_edition(root)
+    for tiles in open_splits(data, root):
+        packed = pack_split(tiles, pack_folder(data, root), workers, shows_progress=True)
+        print(f"{packed.folder}: {len(packed)} tiles, fingerprint {packed.fingerprint}")
 
 
 @data_app.command()

@@ -24,7 +24,7 @@ from .pictures import paint_classes
 __all__ = ['BANDS', 'AGRIVISION_2020', 'AGRIVISION_2021', 'TREE_RADIUS', 'AGRIVISION_CREDIT', 'EDITIONS', 'Tile', 'pack_labels',
            'unpack_labels', 'BadFile', 'decode', 'read_image', 'Tiles', 'need_folders', 'field_of', 'AgricultureVision',
            'AgricultureVisionYears', 'draw_disks', 'UrbanTrees', 'Edition', 'find_edition', 'home_of', 'detect_edition',
-           'open_tiles', 'fingerprint', 'paint_labels', 'as_panels']
+           'open_tiles', 'open_splits', 'fingerprint', 'paint_labels', 'as_panels']
 
 # %% ../nbs/10_data.ipynb #cell-05
 @dataclass(frozen=True)
@@ -137,6 +137,14 @@ class Tiles(Sequence):
             parts[role] = self.load(role, path, size)
             size = size or parts[role].shape[:2]
         return self.assemble(name, parts)
+
+    def file_sizes(self, name: str) -> dict[str, int]:
+        "Give the bytes of every file of one tile by its role."
+        files = self.files(name)
+        for path in files.values():
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing: unpack it again, or remove {name} from every folder")
+        return {role: path.stat().st_size for role, path in files.items()}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -386,6 +394,18 @@ def open_tiles(
     found = find_edition(edition)
     return found.reader(home_of(found, Path(root)), split, found.classes, found.unscored)
 
+
+def open_splits(
+    edition: str,  # a key of `EDITIONS`, or `classes:NAME,NAME,…`
+    root: str | Path,  # the folder of the data set, or the one above
+) -> list[Tiles]:
+    "Open train, val and, where the copy has it, test, which has no labels."
+    splits = [open_tiles(edition, root, split) for split in ("train", "val")]
+    try:
+        return [*splits, open_tiles(edition, root, "test")]
+    except (FileNotFoundError, ValueError):
+        return splits
+
 # %% ../nbs/10_data.ipynb #cell-33
 def fingerprint(
     splits: Sequence[Tiles],
@@ -395,10 +415,8 @@ def fingerprint(
     for tiles in splits:
         digest.update(repr((tiles.split, tiles.classes)).encode())
         for name in tiles.names:
-            for role, path in tiles.files(name).items():
-                if not path.is_file():
-                    raise FileNotFoundError(f"{path} is missing: unpack it again, or remove {name} from every folder")
-                digest.update(f"{role}/{name}:{path.stat().st_size}\n".encode())
+            for role, size in tiles.file_sizes(name).items():
+                digest.update(f"{role}/{name}:{size}\n".encode())
     return digest.hexdigest()[:12]
 
 # %% ../nbs/10_data.ipynb #cell-36

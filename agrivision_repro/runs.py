@@ -26,9 +26,10 @@ from safetensors.torch import load_file, save_file
 
 import agrivision_repro
 from .batches import CHANNELS, keep_in_memory
-from .data import Edition, Tile, find_edition, fingerprint, open_tiles
+from .data import Edition, Tile, find_edition, fingerprint
 from .deeplab import DeepLabV3Plus
 from .losses import HybridLoss
+from .pack import open_split
 from .synthetic import Farmland, write_farmland
 from agrivision_repro.training import (
     Recipe,
@@ -240,11 +241,11 @@ class Workspace:
 
     def identify(self, data: str, farm: Farmland | None) -> str:
         "Fingerprint the splits that trainings use."
-        return fingerprint([open_tiles(data, self.root(data, farm), split) for split in ("train", "val")])
+        return fingerprint([open_split(data, self.root(data, farm), split) for split in ("train", "val")])
 
     def read(self, data: str, farm: Farmland | None, split: str, limit: int) -> Sequence[Tile]:
         "Read a split, whole where it fits into memory."
-        return keep_in_memory(thin_out(open_tiles(data, self.root(data, farm), split), limit))
+        return keep_in_memory(thin_out(open_split(data, self.root(data, farm), split), limit))
 
     def tiles(self, run: Run, split: str) -> Sequence[Tile]:
         "Give the tiles that a Run is trained on (`train`) or scored on (`val`)."

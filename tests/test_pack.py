@@ -1,0 +1,168 @@
+"A pack holds every pixel and label, survives being killed, and hides no damage."
+
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import default_collate
+from trees import FARM, farm_2020, farm_2021, farm_cvpr2020
+
+from agrivision_repro import pack
+from agrivision_repro.batches import WholeTiles, make_batch
+from agrivision_repro.data import fingerprint, open_splits, open_tiles, unpack_labels
+from agrivision_repro.pack import PackedTiles, open_split, pack_folder, pack_split
+from agrivision_repro.synthetic import Farmland, write_farmland
+
+NAIP = Path(__file__).resolve().parents[2] / "shared" / "naip-trees"  # beside a developer's checkout only
+BIN = Path(sys.executable).parent
+
+
+def naip(folder: Path) -> Path:
+    if not NAIP.is_dir():
+        pytest.skip("the NAIP chips are not beside this checkout")
+    return shutil.copytree(NAIP, folder)
+
+
+def synthetic(folder: Path) -> Path:
+    return write_farmland(folder, FARM)
+
+
+LAYOUTS = {
+    "synthetic": synthetic, "agrivision-2020": farm_2020, "agrivision-2021": farm_2021, "agrivision-cvpr2020": farm_cvpr2020,
+    "classes:waterway,planter_skip": synthetic, "naip-trees": naip,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("edition", LAYOUTS)
+def test_round_trip(edition, tmp_path):
+    "Written, read, packed, made a batch: every pixel and label bit."
+    root = LAYOUTS[edition](tmp_path / "data")
+    for tiles in open_splits(edition, root):
+        pack_split(tiles, pack_folder(edition, root), n_workers=2)
+        packed = open_split(edition, root, tiles.split)
+        assert isinstance(packed, PackedTiles) and fingerprint([packed]) == fingerprint([tiles])
+        samples = default_collate([WholeTiles(packed)[k] for k in range(len(packed))])
+        batch = make_batch(samples, "rgbn", len(tiles.classes))
+        for k, tile in enumerate(tiles):
+            np.testing.assert_array_equal(packed[k].image, tile.image)
+            np.testing.assert_array_equal(samples.image[k], tile.image)
+            np.testing.assert_array_equal(batch.targets[k], unpack_labels(tile.labels, len(tiles.classes)))
+            np.testing.assert_array_equal(batch.valid[k], tile.valid)
+            restored = batch.x[k] * torch.tensor([0.229, 0.224, 0.225, 0.229])[:, None, None]
+            restored = (restored + torch.tensor([0.485, 0.456, 0.406, 0.485])[:, None, None]) * 255
+            np.testing.assert_array_equal(restored.round(), tile.image)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.suffix in (".npy", ".json")}
+
+
+def test_killed_ten_times(tmp_path):
+    "SIGKILL at random moments, then once to the end: the bytes of an undisturbed run."
+    root = write_farmland(tmp_path / "farm", Farmland(size=256, train_fields=12, val_fields=2, test_fields=1))
+    command = [BIN / "agrivision", "data", "pack", root, "--workers", "2"]
+    subprocess.run(command, check=True, capture_output=True)
+    undisturbed = contents(root / "packed")
+    shutil.rmtree(root / "packed")
+    moments, n_midway, n_done = random.Random(0), 0, 0
+    for _ in range(10):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        target = n_done + moments.randrange(5)
+        while n_written(root) <= target and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        n_done = n_written(root)
+        n_midway += 0 < n_done < 56
+    subprocess.run(command, check=True, capture_output=True)
+    assert contents(root / "packed") == undisturbed
+    assert n_midway > 5
+
+
+def n_written(root: Path) -> int:
+    "How many tiles a pack in the making, or the finished splits, hold."
+    n_lines = sum(len(path.read_text().split("\n")) - 1 for path in (root / "packed").glob(".*.part/journal.jsonl"))
+    return n_lines + sum(len(PackedTiles(path.parent)) for path in (root / "packed").glob("*/index.json"))
+
+
+@pytest.mark.parametrize("name", ["images.npy", "labels.npy", "index.json"])
+def test_a_flipped_byte_is_found(name, tmp_path):
+    root = synthetic(tmp_path / "farm")
+    tiles = open_tiles("synthetic", root, "train")
+    pack_split(tiles, root / "packed", n_workers=1)
+    path = root / "packed/train" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="make the pack again with agrivision data pack"):
+        list(open_split("synthetic", root, "train"))
+    pack_split(tiles, root / "packed", n_workers=1)
+    assert len(list(open_split("synthetic", root, "train"))) == len(tiles)
+
+
+def test_a_shortened_pack_is_found_on_opening(tmp_path):
+    root = synthetic(tmp_path / "farm")
+    pack_split(open_tiles("synthetic", root, "val"), root / "packed", n_workers=1)
+    path = root / "packed/val/images.npy"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="make the pack again"):
+        open_split("synthetic", root, "val")
+
+
+def test_no_room(tmp_path, monkeypatch):
+    root = synthetic(tmp_path / "farm")
+    monkeypatch.setattr(pack.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(ValueError, match=r"packing train needs 0\.00 GB, .* has 0\.00 GB left: make room"):
+        pack_split(open_tiles("synthetic", root, "train"), root / "packed", n_workers=1)
+    assert not any((root / "packed").glob(".*.part"))
+
+
+def test_tiles_of_two_sizes(tmp_path):
+    root = synthetic(tmp_path / "farm")
+    tiles = open_tiles("synthetic", root, "train")
+    for role, path in tiles.files(tiles.names[-1]).items():
+        Image.new("RGB" if role == "rgb" else "L", (32, 32)).save(path)
+    with pytest.raises(ValueError, match="a pack holds tiles of one size"):
+        pack_split(tiles, root / "packed", n_workers=1)
+    assert not (root / "packed/train").exists()
+
+
+def test_changed_files_are_packed_again(tmp_path):
+    root = synthetic(tmp_path / "farm")
+    tiles = open_tiles("synthetic", root, "train")
+    before = pack_split(tiles, root / "packed", n_workers=1).fingerprint
+    Image.effect_noise((64, 64), 60).save(tiles.files(tiles.names[0])["nir"], quality=95)
+    assert pack_split(tiles, root / "packed", n_workers=1).fingerprint != before
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from agrivision_repro.batches import SampleStream, make_batch, training_loader
+from agrivision_repro.pack import PackedTiles
+tiles = PackedTiles(Path(sys.argv[1]))
+for samples in training_loader(SampleStream(tiles), 4, 0, len(tiles) // 4): make_batch(samples, "rgbn", 7)
+print(len(tiles), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_memory_does_not_grow_with_the_tiles(tmp_path):
+    "Ten times the tiles, each read once: less than 5 % more resident memory."
+    found = []
+    for n_fields in (2, 20):
+        root = write_farmland(tmp_path / f"farm-{n_fields}", Farmland(size=256, train_fields=n_fields, val_fields=1, test_fields=1))
+        packed = pack_split(open_tiles("synthetic", root, "train"), root / "packed", n_workers=2)
+        words = [sys.executable, "-c", MEMORY, packed.folder]
+        done = subprocess.run(words, capture_output=True, text=True, check=True, env={"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+        found.append([int(word) for word in done.stdout.split()])
+    (few, small), (many, large) = found
+    assert many == 10 * few
+    assert large < 1.05 * small, found
