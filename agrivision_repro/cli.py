@@ -17,8 +17,8 @@ import typer
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'Root', 'DataName', 'Workers', 'AsJson', 'agrivision', 'read_value', 'read_parameters',
-           'run_notebook', 'choose_tables', 'reproduce', 'read_seeds', 'plan_table', 'check', 'stats', 'pack', 'unpack',
-           'main']
+           'run_notebook', 'choose_tables', 'reproduce', 'read_seeds', 'plan_table', 'check', 'stats', 'show', 'pack',
+           'unpack', 'main']
 
 # %% ../nbs/72_cli.ipynb #cell-05
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
@@ -139,7 +139,7 @@ def plan_table(
     return TABLES[name](**{k: v for k, v in parameters.items() if k in takes}), parameters
 
 # %% ../nbs/72_cli.ipynb #cell-15
-data_app = typer.Typer(help="Unpack, check, describe and pack a data set.", no_args_is_help=True)
+data_app = typer.Typer(help="Unpack, check, describe, show and pack a data set.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 Root = Annotated[Path, typer.Argument(help="Folder of the data set.")]
 DataName = Annotated[str, typer.Option("--data", help="Its edition, or classes:NAME,NAME,… of your own. Detected if not given.")]
@@ -171,6 +171,23 @@ def stats(root: Root, data: DataName = "", workers: Workers = 0, as_json: AsJson
             print(f"{split}: {census.n_tiles} tiles", census.channel_table(), classes, "", sep="\n")
     if not report.is_trustworthy:
         print(f"{len(report.faults)} faults, not counted here: agrivision data check {root}", file=sys.stderr)
+
+
+@data_app.command()
+def show(
+    root: Root,
+    data: DataName = "",
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "train",
+    n_tiles: Annotated[int, typer.Option("-n", min=1, help="How many tiles, evenly spread over the split.")] = 6,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The picture: .png, .pdf or .svg.")] = Path("contact_sheet.png"),
+):
+    "Draw a contact sheet: RGB, NIR, their contrast, labels as outlines, invalid pixels hatched."
+    from agrivision_repro.data import contact_sheet, detect_edition
+    from agrivision_repro.pack import open_split
+
+    sheet = contact_sheet(open_split(data or detect_edition(root), root, split), n_tiles)
+    sheet.savefig(out, dpi=150)
+    print(out)
 
 
 @data_app.command()

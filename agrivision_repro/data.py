@@ -16,15 +16,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import tifffile
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from PIL import Image
 
-from .pictures import paint_classes
+from .pictures import CLASS_COLORS, add_class_legend, draw_panel, paint_classes
 
 # %% auto #0
 __all__ = ['BANDS', 'AGRIVISION_2020', 'AGRIVISION_2021', 'TREE_RADIUS', 'AGRIVISION_CREDIT', 'EDITIONS', 'Tile', 'pack_labels',
            'unpack_labels', 'BadFile', 'decode', 'read_image', 'Tiles', 'need_folders', 'field_of', 'AgricultureVision',
            'AgricultureVisionYears', 'draw_disks', 'UrbanTrees', 'Edition', 'find_edition', 'home_of', 'detect_edition',
-           'open_tiles', 'open_splits', 'fingerprint', 'paint_labels', 'as_panels']
+           'open_tiles', 'open_splits', 'fingerprint', 'paint_labels', 'as_panels', 'draw_outlines', 'contact_sheet']
 
 # %% ../nbs/10_data.ipynb #cell-05
 @dataclass(frozen=True)
@@ -435,3 +437,36 @@ def as_panels(
     "Give RGB, NIR and labels of a tile as pictures."
     labels = paint_labels(tile.labels, tile.valid)
     return {"RGB": tile.image[:3].transpose(1, 2, 0), "NIR": tile.image[3], "labels": labels}
+
+# %% ../nbs/10_data.ipynb #cell-39
+def draw_outlines(ax, tile: Tile, n_classes: int) -> None:
+    "Draw a tile in RGB with every class outlined in its colour, and invalid pixels hatched."
+    draw_panel(ax, "labels", tile.image[:3].transpose(1, 2, 0))
+    if not tile.valid.all():
+        ax.contourf(~tile.valid, levels=[0.5, 1.5], hatches=["////"], colors=["#00000080"])
+    for k, mask in enumerate(unpack_labels(tile.labels, n_classes)[1:], 1):
+        if mask.any():
+            rows, columns = (np.arange(-1, n + 1) for n in mask.shape)  # a margin closes an outline at the tile's edge
+            ax.contour(columns, rows, np.pad(mask, 1), levels=[0.5], colors=[CLASS_COLORS[k]], linewidths=1.5)
+    ax.set(xlim=(-1, tile.valid.shape[1]), ylim=(tile.valid.shape[0], -1))
+
+
+def contact_sheet(
+    tiles: Sequence[Tile],  # of one split, with `classes`
+    n_tiles: int = 6,  # at most; evenly spread over the split
+    size: float = 1.9,  # side of a picture, inches
+) -> Figure:
+    "Draw RGB, NIR, NIR minus Red and outlined labels of some tiles, a row each."
+    chosen = [tiles[k * len(tiles) // min(n_tiles, len(tiles))] for k in range(min(n_tiles, len(tiles)))]
+    fig, axes = plt.subplots(len(chosen), 4, squeeze=False, layout="constrained", figsize=(4 * size, (size + 0.2) * len(chosen) + 0.4))
+    for tile, row in zip(chosen, axes, strict=True):
+        red, nir = tile.image[0].astype(float), tile.image[3].astype(float)
+        draw_panel(row[0], "RGB", tile.image[:3].transpose(1, 2, 0))
+        draw_panel(row[1], "NIR", tile.image[3])
+        draw_panel(row[2], "NIR − Red", nir - red)
+        row[2].images[0].set(cmap="PiYG", clim=(-128, 128))
+        draw_outlines(row[3], tile, len(tiles.classes))
+        row[0].set_ylabel(tile.name, fontsize=6)
+    add_class_legend(fig, tiles.classes)
+    plt.close(fig)
+    return fig

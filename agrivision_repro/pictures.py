@@ -40,7 +40,8 @@ def draw_panel(ax, title: str, image: np.ndarray) -> None:
 def add_class_legend(fig: Figure, classes: tuple[str, ...]) -> None:
     "Name the colour of each class under the figure."
     patches = [Patch(facecolor=CLASS_COLORS[k], label=name.replace("_", " ")) for k, name in enumerate(classes)]
-    fig.legend(handles=patches, loc="outside lower center", ncols=min(len(classes), 7), fontsize=8, frameon=False)
+    n_columns = max(min(len(classes), int(fig.get_figwidth() / 1.5)), 1)
+    fig.legend(handles=patches, loc="outside lower center", ncols=n_columns, fontsize=8, frameon=False)
 
 # %% ../nbs/08_pictures.ipynb #cell-10
 def show_panels(
