@@ -1,5 +1,5 @@
 # make test        everything that CI checks
-# make reproduce   SCALE=smoke|laptop|paper DATA=synthetic|naip-trees|agrivision-2020 DATA_ROOT=DIR OUT=DIR TABLES="..."
+# make reproduce   SCALE=smoke|laptop|paper DATA=synthetic|naip-trees|agrivision-{2020,2021,cvpr2020} DATA_ROOT=DIR OUT=DIR TABLES="..."
 # make notebooks   run every notebook, save its outputs, export the package and README.md
 # make export      the same without running
 SCALE     ?= laptop

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from .data import Tile
 
 # %% auto #0
-__all__ = ['CHANNELS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'MEMORY_LIMIT', 'select_channels', 'turn', 'Sample', 'shuffle',
+__all__ = ['CHANNELS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'TURNS', 'MEMORY_LIMIT', 'select_channels', 'turn', 'Sample', 'shuffle',
            'SampleStream', 'Batch', 'multi_hot', 'make_batch', 'keep_in_memory', 'n_workers', 'training_loader',
            'WholeTiles', 'scoring_loader']
 
@@ -37,9 +37,15 @@ def select_channels(
         raise ValueError(f"channels is {channels!r}: wanted one of {', '.join(CHANNELS)}")
     chosen = list(CHANNELS[channels])
     mean, std = (torch.tensor(s, device=images.device)[chosen, None, None] * 255 for s in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images[:, chosen] - mean) / std
+    picked = images if channels == "rgbn" else images[:, chosen]
+    return picked.to(mean.dtype).sub_(mean).div_(std)
 
 # %% ../nbs/16_batches.ipynb #cell-09
+TURNS = (  # of each element: axes that are flipped, then whether rows and columns are exchanged
+    ((), False), ((-1,), True), ((-2, -1), False), ((-2,), True), ((-1,), False), ((-2, -1), True), ((-2,), False), ((), True),
+)  # fmt: skip
+
+
 def turn(
     x: Tensor,  # `(B, …, S, S)`
     elements: Tensor,  # 0 to 7 for each sample, `(B,)`: quarter turns modulo 4, and a flip from 4 on
@@ -48,10 +54,10 @@ def turn(
     if x.shape[-1] != x.shape[-2]:
         raise ValueError(f"images are {x.shape[-2]}×{x.shape[-1]}: quarter turns need squares, so crop or switch turns off")
     out = torch.empty_like(x)
-    for element in elements.unique().tolist():
-        chosen = elements == element
-        turned = torch.rot90(x[chosen], element % 4, (-2, -1))
-        out[chosen] = turned.flip(-1) if element >= 4 else turned
+    for sample, result, element in zip(x, out, elements.tolist(), strict=True):
+        flipped, is_exchanged = TURNS[element]
+        sample = sample.flip(flipped) if flipped else sample
+        result.copy_(sample.transpose(-2, -1) if is_exchanged else sample)
     return out
 
 # %% ../nbs/16_batches.ipynb #cell-12
@@ -113,8 +119,11 @@ def multi_hot(
     n_classes: int,  # background included
 ) -> Tensor:  # `(B, C, H, W)` bool
     "Turn label bits into one mask a class."
-    powers = 2 ** torch.arange(n_classes - 1, device=bits.device, dtype=torch.uint8).view(-1, 1, 1)
-    return torch.cat([(bits == 0)[:, None], (bits[:, None] & powers) > 0], 1)
+    ones = bits.new_empty((len(bits), n_classes, *bits.shape[1:]))  # bytes of 0 and 1 are what a bool is
+    ones[:, 0] = bits == 0
+    for k in range(n_classes - 1):
+        torch.bitwise_and(bits >> k, 1, out=ones[:, k + 1])
+    return ones.view(torch.bool)
 
 # %% ../nbs/16_batches.ipynb #cell-17
 def make_batch(
