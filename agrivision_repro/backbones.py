@@ -196,13 +196,13 @@ def load_imagenet(
     depth: int,  # 50 or 101
     norm: str,  # one of `NORMS`
 ) -> LoadReport:
-    "Start a backbone from its public ImageNet weights; a classifier of another number of classes stays fresh."
+    "Start a backbone from its public ImageNet weights, and leave the report as its `imagenet_report`; another classifier stays fresh."
     if (depth, norm) not in IMAGENET_URLS:
         raise ValueError(f"there are no ImageNet weights for depth {depth}: take 50 or 101, or pretrained=False")
     state = fetch_checkpoint(IMAGENET_URLS[depth, norm])
     if getattr(resnet.fc, "out_features", 0) != 1000:
         state = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    report = load_matching(resnet, state)
+    report = resnet.imagenet_report = load_matching(resnet, state)
     logging.getLogger(__name__).info("ResNet-%d %s from ImageNet: %s", depth, norm, report)
     return report
 

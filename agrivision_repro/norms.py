@@ -14,28 +14,17 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 # %% auto #0
-__all__ = ['Pool', 'PARTS', 'pixel_variance', 'PixelMoments', 'AffineMap', 'normalise', 'pool_moments', 'SumOverProcesses',
-           'pool_batch', 'InstanceBatchNorm2d', 'batch_moments', 'SwitchNorm2d', 'blend']
+__all__ = ['Pool', 'PARTS', 'PixelMoments', 'AffineMap', 'normalise', 'pool_moments', 'SumOverProcesses', 'pool_batch',
+           'InstanceBatchNorm2d', 'batch_moments', 'SwitchNorm2d', 'blend']
 
 # %% ../nbs/20_norms.ipynb #cell-06
-def pixel_variance(
-    x: Tensor,  # `(B, C, H, W)`
-    mean: Tensor,  # over pixels, `(B, C)`
-) -> Tensor:  # biased, `(B, C)`
-    "Average the squared distance from the mean; on a CPU one sample at a time, so that no second image is held."
-    mean = mean[..., None, None]
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return torch.stack([(sample - m).square_().mean((1, 2)) for sample, m in zip(x, mean, strict=True)])
-    return (x - mean).square_().mean((2, 3))  # compiled, one loop
-
-# %% ../nbs/20_norms.ipynb #cell-07
 class PixelMoments(Function):
     "Mean and biased variance over pixels, each `(B, C)`, float32 or wider; hands `x` on as its first result."
 
     @staticmethod
     def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mean = x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
-        variance = pixel_variance(x, mean)
+        variance = (x - mean[..., None, None]).square_().mean((2, 3))
         ctx.save_for_backward(x, mean)
         return x.view_as(x), mean, variance
 
@@ -48,7 +37,7 @@ class PixelMoments(Function):
         level = mean_grad / n_pixels - slope * mean
         return x_grad.addcmul_(x, slope[..., None, None]).add_(level[..., None, None])
 
-# %% ../nbs/20_norms.ipynb #cell-10
+# %% ../nbs/20_norms.ipynb #cell-09
 class AffineMap(Function):
     "`scale` times `x` plus `shift`, both `(B, C)`, rounded once to the precision of `x`."
 
@@ -66,7 +55,7 @@ class AffineMap(Function):
         x_grad = torch.mul(y_grad, scale[..., None, None], out=product)
         return x_grad.to(x.dtype), scale_grad, shift_grad
 
-# %% ../nbs/20_norms.ipynb #cell-12
+# %% ../nbs/20_norms.ipynb #cell-11
 Pool = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # of mean and variance `(B, C)`; results broadcast to `(B, C)`
 
 
@@ -85,7 +74,7 @@ def normalise(
     scale = (weight * torch.rsqrt(variance + eps)).expand(len(x), -1)
     return AffineMap.apply(x, scale, bias - scale * mean)
 
-# %% ../nbs/20_norms.ipynb #cell-14
+# %% ../nbs/20_norms.ipynb #cell-13
 def pool_moments(
     mean: Tensor,  # `(B, C)`
     variance: Tensor,  # biased, `(B, C)`
@@ -95,7 +84,7 @@ def pool_moments(
     between, pooled = torch.var_mean(mean, dim, correction=0, keepdim=True)
     return pooled, variance.mean(dim, keepdim=True) + between
 
-# %% ../nbs/20_norms.ipynb #cell-23
+# %% ../nbs/20_norms.ipynb #cell-22
 class SumOverProcesses(Function):
     "Add up a tensor over all processes; its gradient likewise."
 
@@ -127,7 +116,7 @@ def pool_batch(
     spread = variance + (mean - pooled.detach()).square()  # moving the centre changes no variance: no gradient
     return pooled, SumOverProcesses.apply(spread.sum(0))[None] / n_samples, n_samples
 
-# %% ../nbs/20_norms.ipynb #cell-25
+# %% ../nbs/20_norms.ipynb #cell-24
 class InstanceBatchNorm2d(nn.Module):
     "IBN-a's norm: instance norm on the first half of the channels, batch norm on the rest."
 
@@ -156,7 +145,7 @@ class InstanceBatchNorm2d(nn.Module):
             for own, pooled in zip((mean, variance), batch, strict=True)
         )
 
-# %% ../nbs/20_norms.ipynb #cell-27
+# %% ../nbs/20_norms.ipynb #cell-26
 def batch_moments(
     norm: nn.BatchNorm2d,  # owns the running statistics
     mean: Tensor,  # `(B, C)`
@@ -176,7 +165,7 @@ def batch_moments(
         norm.running_var.lerp_(unbiased[0].to(norm.running_var), norm.momentum)
     return pooled_mean, pooled_variance
 
-# %% ../nbs/20_norms.ipynb #cell-30
+# %% ../nbs/20_norms.ipynb #cell-29
 PARTS = {"in+ln+bn": 3, "in+bn": 2}  # which moments SwitchNorm2d blends → how many softmax weights
 
 
@@ -223,7 +212,7 @@ class SwitchNorm2d(nn.Module):
                 running.lerp_(new.unsqueeze(-1).to(running), 1 - self.momentum)
         return tuple(pooled)
 
-# %% ../nbs/20_norms.ipynb #cell-31
+# %% ../nbs/20_norms.ipynb #cell-30
 def blend(
     importance: Tensor,  # learned, before softmax, `(K,)`
     moments: tuple[Tensor, ...],  # K tensors that broadcast to `(B, C)`
