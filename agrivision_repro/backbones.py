@@ -11,7 +11,7 @@ import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from urllib.error import URLError
@@ -200,9 +200,10 @@ def load_imagenet(
     if (depth, norm) not in IMAGENET_URLS:
         raise ValueError(f"there are no ImageNet weights for depth {depth}: take 50 or 101, or pretrained=False")
     state = fetch_checkpoint(IMAGENET_URLS[depth, norm])
-    if getattr(resnet.fc, "out_features", 0) != 1000:
-        state = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    report = resnet.imagenet_report = load_matching(resnet, state)
+    is_classifier = getattr(resnet.fc, "out_features", 0) == 1000
+    dropped = () if is_classifier else tuple(key for key in state if key.startswith("fc."))
+    report = load_matching(resnet, {key: value for key, value in state.items() if key not in dropped})
+    report = resnet.imagenet_report = replace(report, skipped=report.skipped + dropped)
     logging.getLogger(__name__).info("ResNet-%d %s from ImageNet: %s", depth, norm, report)
     return report
 

@@ -116,6 +116,11 @@ class Tiles(Sequence):
         if not self.names:
             raise ValueError(f"{self.root} holds no tile of the split {split!r}: unpack the archive again")
 
+    @classmethod
+    def has_split(cls, root: Path, split: str) -> bool:
+        "Say whether a data set has a split at all; one that it has may still be damaged."
+        raise NotImplementedError
+
     def find_names(self) -> list[str]:
         "List the names of this split's tiles, sorted."
         raise NotImplementedError
@@ -188,6 +193,10 @@ class AgricultureVision(Tiles):
     unlabelled = ("test",)  # splits without labels
     is_by_field = True
 
+    @classmethod
+    def has_split(cls, root: Path, split: str) -> bool:
+        return (root / split).is_dir()
+
     def find_names(self) -> list[str]:
         homes, found = self.find_homes(), {}
         self.is_labelled = self.split not in self.unlabelled
@@ -242,6 +251,10 @@ class AgricultureVisionYears(AgricultureVision):
     layout, images, labels, masks = "agrivision-cvpr2020", "field_images", "field_labels", ("field_bounds", "field_masks")
     unlabelled = ()
 
+    @classmethod
+    def has_split(cls, root: Path, split: str) -> bool:
+        return any(json.loads(path.read_text()).get(split) for path in root.glob("data20??_splits.json"))
+
     def find_homes(self) -> list[Path]:
         homes = sorted(self.root.glob("data20??_miniscale"))
         if not homes:
@@ -283,6 +296,10 @@ def draw_disks(
 # %% ../nbs/10_data.ipynb #cell-25
 class UrbanTrees(Tiles):
     "A split of the Urban Tree Detection Data, in its own layout: `images/*.tif`, `csv/*.csv`, `{train,val,test}.txt`."
+
+    @classmethod
+    def has_split(cls, root: Path, split: str) -> bool:
+        return (root / f"{split}.txt").is_file()
 
     def find_names(self) -> list[str]:
         need_folders(self.root, ["images", "csv"], "naip-trees")
@@ -402,11 +419,9 @@ def open_splits(
     root: str | Path,  # the folder of the data set, or the one above
 ) -> list[Tiles]:
     "Open train, val and, where the copy has it, test, which has no labels."
-    splits = [open_tiles(edition, root, split) for split in ("train", "val")]
-    try:
-        return [*splits, open_tiles(edition, root, "test")]
-    except (FileNotFoundError, ValueError):
-        return splits
+    found = find_edition(edition)
+    has_test = found.reader.has_split(home_of(found, Path(root)), "test")
+    return [open_tiles(edition, root, split) for split in ("train", "val", *(["test"] if has_test else []))]
 
 # %% ../nbs/10_data.ipynb #cell-33
 def fingerprint(

@@ -166,21 +166,20 @@ def start_pack(tiles: Tiles, folder: Path) -> dict:  # the index without its til
     return plan
 
 # %% ../nbs/14_pack.ipynb #cell-13
-def read_journal(folder: Path) -> dict[str, dict]:  # name → entry
-    "Read which tiles are done, and keep those whose bytes are really there."
+def read_journal(tiles: Tiles, folder: Path) -> dict[str, dict]:  # name → entry
+    "Read which tiles are done, and keep those whose bytes are really there, of files that have not changed since."
     path, done = folder / "journal.jsonl", {}
     if not path.is_file():
         return done
     images, labels = (np.load(folder / f"{kind}.npy", mmap_mode="r") for kind in ("images", "labels"))
-    names = json.loads((folder / "plan.json").read_text())["names"]
-    place = {name: i for i, name in enumerate(names)}
+    place = {name: i for i, name in enumerate(tiles.names)}
     for line in path.read_text().splitlines():
         try:
             entry = json.loads(line)
         except ValueError:  # the line at which it was killed
             continue
-        i = place[entry["name"]]
-        if checksum(images[i], labels[i]) == entry["crc"]:
+        i, sizes = place[entry["name"]], {role: size for role, (size, _) in entry["files"].items()}
+        if checksum(images[i], labels[i]) == entry["crc"] and sizes == tiles.file_sizes(entry["name"]):
             done[entry["name"]] = entry
     return done
 
@@ -208,7 +207,7 @@ def pack_split(
         if is_sound(final, tiles):
             return PackedTiles(final)
         plan = start_pack(tiles, partly)
-        done = read_journal(partly)
+        done = read_journal(tiles, partly)
         with (partly / "journal.jsonl").open("a") as journal:
             for entry in decode_missing(tiles, partly, dict(done), n_workers or os.cpu_count() or 1, shows_progress):
                 done[entry["name"]] = entry

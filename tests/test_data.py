@@ -111,6 +111,15 @@ def test_counts_are_right(farm):
         np.testing.assert_allclose(census.channel_table().loc["NIR"], [nir.mean(), nir.std()], atol=1e-4)
 
 
+def test_a_damaged_test_split_is_not_passed_over(farm, tmp_path):
+    root = shutil.copytree(farm, tmp_path / "copy")
+    shutil.rmtree(root / "test/images/nir")
+    with pytest.raises(FileNotFoundError, match="lacks test/images/nir"):
+        check_data(root, n_workers=1)
+    shutil.rmtree(root / "test")
+    assert list(check_data(root, n_workers=1).splits) == ["train", "val"]  # without it, a copy is a copy
+
+
 def plant_faults(root: Path) -> dict[str, str]:
     "Damage a copy in twelve ways; give kind → a word that must stand in the message."
     tiles = open_tiles("synthetic", root, "train")

@@ -1,5 +1,6 @@
 "A pack holds every pixel and label, survives being killed, and hides no damage."
 
+import json
 import random
 import shutil
 import signal
@@ -141,6 +142,17 @@ def test_changed_files_are_packed_again(tmp_path):
     before = pack_split(tiles, root / "packed", n_workers=1).fingerprint
     Image.effect_noise((64, 64), 60).save(tiles.files(tiles.names[0])["nir"], quality=95)
     assert pack_split(tiles, root / "packed", n_workers=1).fingerprint != before
+
+
+def test_files_that_changed_after_the_kill(tmp_path):
+    "A tile that was done before, of a file that is another now, is decoded again."
+    root = synthetic(tmp_path / "farm")
+    tiles, partly = open_tiles("synthetic", root, "train"), root / "packed/.train.part"
+    pack.start_pack(tiles, partly)
+    (partly / "journal.jsonl").write_text(json.dumps(pack.pack_tile(tiles, partly, 0)))
+    Image.effect_noise((64, 64), 60).save(tiles.files(tiles.names[0])["nir"], quality=95)
+    packed = pack_split(tiles, root / "packed", n_workers=1)
+    np.testing.assert_array_equal(packed[0].image, tiles[0].image)
 
 
 MEMORY = """

@@ -53,6 +53,7 @@ def test_every_variant(depth, norm, served, caplog):
     is_switched = [key.split(".")[0] in ("layer1", "layer2", "layer3") and key.split(".")[2] == "bn1" for key in fresh]
     assert all(is_switched) and bool(fresh) == (norm == "ibn_s")
     assert set(model.imagenet_report.fresh) == fresh
+    assert {"fc.weight", "fc.bias"} <= set(model.imagenet_report.skipped)  # a backbone has no classifier
     assert f"{len(own) + 1 - len(fresh)} tensors loaded" in caplog.text and f"{len(fresh)} left fresh" in caplog.text
 
 

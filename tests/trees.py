@@ -37,7 +37,7 @@ def farm_2021(folder: Path) -> Path:
 
 
 def farm_cvpr2020(folder: Path) -> Path:
-    "The layout of the dataset paper: two years, splits by fields. The test fields carry labels."
+    "The layout of the dataset paper: two years, splits by fields, none of them for test."
     old, names = farm_2021(folder) / "Agriculture-Vision-2021", {"boundaries": "field_bounds", "masks": "field_masks"}
     splits = {year: {"train": [], "val": [], "test": []} for year in (2017, 2019)}
     for split in ("train", "val"):
