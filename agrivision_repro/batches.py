@@ -5,79 +5,168 @@
 # %% ../nbs/16_batches.ipynb #cell-02
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.nn.functional import grid_sample
 
+from .check import mean_and_std
 from .data import Tile
+from .pack import Counts, recycler
 
 # %% auto #0
-__all__ = ['CHANNELS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'TURNS', 'MEMORY_LIMIT', 'select_channels', 'turn', 'Sample', 'shuffle',
-           'SampleStream', 'Batch', 'multi_hot', 'make_batch', 'keep_in_memory', 'n_workers', 'training_loader',
-           'WholeTiles', 'scoring_loader']
+__all__ = ['CHANNELS', 'IMAGENET', 'TURNS', 'INVERSE', 'AS_IT_IS', 'AUGMENTATIONS', 'SAMPLERS', 'Statistics',
+           'dataset_statistics', 'reserve', 'select_channels', 'turn', 'draw_view', 'zoom_and_shift', 'Sample',
+           'rare_class_weights', 'draw_order', 'SampleStream', 'Batch', 'multi_hot', 'look', 'make_batch', 'Feed',
+           'read_ahead', 'collate', 'copy_planes', 'training_loader', 'scoring_loader', 'whole_tile']
 
 # %% ../nbs/16_batches.ipynb #cell-05
 CHANNELS = {"rgb": (0, 1, 2), "nir3": (3, 3, 3), "rgbn": (0, 1, 2, 3), "rgbr": (0, 1, 2, 0)}
-IMAGENET_MEAN = (0.485, 0.456, 0.406, 0.485)  # R, G, B, and Red's again for NIR; of values in [0, 1]
-IMAGENET_STD = (0.229, 0.224, 0.225, 0.229)
 
-# %% ../nbs/16_batches.ipynb #cell-06
+
+class Statistics(NamedTuple):
+    "What channels are normalised by; of values in [0, 1]."
+
+    mean: tuple[float, ...]  # of R, G, B, NIR
+    std: tuple[float, ...]
+
+
+IMAGENET = Statistics((0.485, 0.456, 0.406, 0.485), (0.229, 0.224, 0.225, 0.229))  # NIR by Red's
+
+
+def dataset_statistics(
+    counts: Counts,  # of the training tiles
+) -> Statistics:
+    "Take mean and standard deviation of every channel over all valid pixels."
+    mean, std = mean_and_std(counts.valid.sum(), counts.sums.sum(0), counts.squares.sum(0))
+    if not std.all():
+        raise ValueError(f"the channels deviate by {std.round(4).tolist()}: a constant one cannot be normalised; use ImageNet's statistics")
+    return Statistics(tuple(mean.tolist()), tuple(std.tolist()))
+
+# %% ../nbs/16_batches.ipynb #cell-07
+def reserve(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:  # whatever stood there
+    "Make a large tensor that will be filled at once."
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.from_numpy(recycler.take((math.prod(shape) * dtype.itemsize,), np.uint8)).view(dtype).view(*shape)
+
+
 def select_channels(
     images: Tensor,  # R, G, B, NIR, `(B, 4, H, W)` uint8
     channels: str,  # a key of `CHANNELS`
+    statistics: Statistics = IMAGENET,
 ) -> Tensor:  # `(B, 3 or 4, H, W)` float32, about zero mean and unit variance
     "Pick and normalise the channels that a model sees."
     if channels not in CHANNELS:
         raise ValueError(f"channels is {channels!r}: wanted one of {', '.join(CHANNELS)}")
     chosen = list(CHANNELS[channels])
-    mean, std = (torch.tensor(s, device=images.device)[chosen, None, None] * 255 for s in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(s, device=images.device)[chosen, None, None] * 255 for s in statistics)
     picked = images if channels == "rgbn" else images[:, chosen]
-    return picked.to(mean.dtype).sub_(mean).div_(std)
+    x = reserve(picked.shape, torch.float32, images.device)
+    n_at_once = 1 if x.device.type == "cpu" else len(x)  # a single image stays in the cache
+    for image, out in zip(picked.split(n_at_once), x.split(n_at_once), strict=True):
+        out.copy_(image).sub_(mean).div_(std)
+    return x
 
-# %% ../nbs/16_batches.ipynb #cell-09
+# %% ../nbs/16_batches.ipynb #cell-11
 TURNS = (  # of each element: axes that are flipped, then whether rows and columns are exchanged
     ((), False), ((-1,), True), ((-2, -1), False), ((-2,), True), ((-1,), False), ((-2, -1), True), ((-2,), False), ((), True),
 )  # fmt: skip
+INVERSE = (0, 3, 2, 1, 4, 5, 6, 7)  # the element that undoes each
 
 
 def turn(
-    x: Tensor,  # `(B, …, S, S)`
-    elements: Tensor,  # 0 to 7 for each sample, `(B,)`: quarter turns modulo 4, and a flip from 4 on
-) -> Tensor:  # like `x`
-    "Turn and flip each sample by its own element of D4."
-    if x.shape[-1] != x.shape[-2]:
-        raise ValueError(f"images are {x.shape[-2]}×{x.shape[-1]}: quarter turns need squares, so crop or switch turns off")
-    out = torch.empty_like(x)
-    for sample, result, element in zip(x, out, elements.tolist(), strict=True):
-        flipped, is_exchanged = TURNS[element]
-        sample = sample.flip(flipped) if flipped else sample
-        result.copy_(sample.transpose(-2, -1) if is_exchanged else sample)
-    return out
+    x: np.ndarray | Tensor,  # `(…, S, S)`
+    element: int,  # of D4, 0 to 7: quarter turns modulo 4, and a flip from 4 on
+) -> np.ndarray | Tensor:  # like `x`
+    "Turn and flip images."
+    flipped, is_exchanged = TURNS[element]
+    if is_exchanged and x.shape[-1] != x.shape[-2]:
+        raise ValueError(f"images are {x.shape[-2]}×{x.shape[-1]}: quarter turns need squares, so crop or choose the augmentation none")
+    if isinstance(x, np.ndarray) and flipped and not is_exchanged:
+        return torch.from_numpy(x).flip(flipped).numpy()  # PyTorch reverses bytes three times as fast as NumPy copies them reversed
+    x = np.flip(x, flipped) if isinstance(x, np.ndarray) else x.flip(flipped)
+    return x.swapaxes(-2, -1) if is_exchanged else x
 
-# %% ../nbs/16_batches.ipynb #cell-12
+# %% ../nbs/16_batches.ipynb #cell-14
+AS_IT_IS = (1.0, 0.0, 0.0)  # a view: zoom, then shift down and to the right in tile sides
+
+
+def draw_view(rng: np.random.Generator) -> tuple[float, float, float]:
+    "Draw the authors' zoom and shift; half of the tiles are left as they are."
+    if rng.random() < 0.5:
+        return AS_IT_IS
+    scale, aspect = np.maximum(rng.uniform(0, 2, 2), 1e-3)  # a zoom of 0 has no inverse
+    return float(scale * np.sqrt(aspect)), *rng.uniform(-1, 1, 2).tolist()
+
+
+def zoom_and_shift(
+    x: Tensor,  # `(B, K, S, S)` uint8
+    views: Tensor,  # zoom, down, right, `(B, 3)` float32
+    mode: str,  # "bilinear" for images, "nearest" for labels
+) -> Tensor:  # like `x`; 0 where the tile does not reach
+    "Look at each sample through its own view."
+    side = x.shape[-1]
+    steps = torch.arange(side, device=x.device) - side / 2
+    down, right = ((steps - shift[:, None] * side) / views[:, :1] + side / 2 for shift in (views[:, 1], views[:, 2]))
+    grid = torch.stack(torch.broadcast_tensors(right[:, None, :], down[:, :, None]), -1) * (2 / (side - 1)) - 1
+    return grid_sample(x.float(), grid.float(), mode=mode, align_corners=True).round().to(x.dtype)
+
+# %% ../nbs/16_batches.ipynb #cell-19
+AUGMENTATIONS = ("none", "d4", "zoom_shift")  # as it is; one of eight turns; a turn, then the authors' zoom and shift
+
+
 class Sample(NamedTuple):
     "One cut tile, or with a leading axis B a batch of them, still in bytes."
 
     image: Tensor  # `(4, H, W)` uint8
     labels: Tensor  # label bits, `(H, W)` uint8
     valid: Tensor  # `(H, W)` bool
-    element: int  # of D4, still to be applied
+    view: Tensor  # zoom and shift, still to be applied, `(3,)` float32
     index: int  # of the tile in its split
 
-# %% ../nbs/16_batches.ipynb #cell-13
-@lru_cache(maxsize=2)
-def shuffle(n_tiles: int, seed: int, epoch: int) -> np.ndarray:  # `(n_tiles,)` int64
+# %% ../nbs/16_batches.ipynb #cell-21
+SAMPLERS = ("shuffle", "rare")
+
+
+def rare_class_weights(
+    counts: Counts,  # of the training tiles
+) -> np.ndarray:  # of each tile, at least 1, `(N,)` float64
+    "Give tiles with rare classes more weight."
+    shows = counts.pixels[:, 1:] > 0  # background is everywhere
+    frequency = shows.mean(0)
+    if not frequency.any():
+        raise ValueError("no training tile shows any class: there is no rare one to favour; use the sampler 'shuffle'")
+    median = np.median(frequency[frequency > 0])
+    factor = np.sqrt(np.maximum(median / np.where(frequency > 0, frequency, np.inf), 1))
+    return np.where(shows, factor, 1).max(1)
+
+
+def draw_order(
+    n_tiles: int,
+    seed: int,
+    epoch: int,
+    weights: np.ndarray | None = None,  # of each tile, `(n_tiles,)`; None: all alike
+) -> np.ndarray:  # `(n_tiles, 2)` int64: a tile, and how often it came before in this epoch, sorted by tile
     "Order the tiles of one epoch."
-    return np.random.default_rng((seed, epoch)).permutation(n_tiles)
+    rng, tiles = np.random.default_rng((seed, epoch)), np.arange(n_tiles)
+    if weights is not None:
+        ends = np.cumsum(weights) * (n_tiles / np.sum(weights))
+        tiles = np.searchsorted(ends[:-1], np.arange(n_tiles) + rng.random(), side="right")
+    repeats = np.arange(n_tiles) - np.searchsorted(tiles, tiles)
+    return np.stack([tiles, repeats], 1)[rng.permutation(n_tiles)]
 
-
-class SampleStream(Dataset):
+# %% ../nbs/16_batches.ipynb #cell-23
+class SampleStream:
     "Cut tiles by their position in an endless shuffled stream."
 
     def __init__(
@@ -85,18 +174,24 @@ class SampleStream(Dataset):
         tiles: Sequence[Tile],
         seed: int = 0,  # at least 0
         crop: int = 0,  # side of a random square, pixels; 0: the whole tile
-        is_turned: bool = True,  # draw an element of D4 for each sample
+        augmentation: str = "d4",  # one of `AUGMENTATIONS`
+        weights: np.ndarray | None = None,  # of each tile, see `rare_class_weights`; None: all alike
     ):
-        self.tiles, self.seed, self.crop, self.is_turned = tiles, seed, crop, is_turned
+        if augmentation not in AUGMENTATIONS:
+            raise ValueError(f"augmentation is {augmentation!r}: wanted one of {', '.join(AUGMENTATIONS)}")
+        self.tiles, self.seed, self.crop, self.augmentation = tiles, seed, crop, augmentation
+        self.order = lru_cache(maxsize=2)(lambda epoch: draw_order(len(tiles), seed, epoch, weights))
 
     def __getitem__(self, position: int) -> Sample:
         epoch, place = divmod(position, len(self.tiles))
-        index = int(shuffle(len(self.tiles), self.seed, epoch)[place])
-        rng = np.random.default_rng((self.seed, epoch, index))
+        index, repeat = self.order(epoch)[place].tolist()
+        rng = np.random.default_rng((self.seed, epoch, index, repeat))
         tile, cut = self.tiles[index], slice(None)
         rows, columns = (self.draw_window(rng, tile, n) for n in tile.labels.shape) if self.crop else (cut, cut)
-        element = int(rng.integers(8)) if self.is_turned else 0
-        return Sample(tile.image[:, rows, columns], tile.labels[rows, columns], tile.valid[rows, columns], element, index)
+        element = 0 if self.augmentation == "none" else int(rng.integers(8))
+        view = draw_view(rng) if self.augmentation == "zoom_shift" else AS_IT_IS
+        planes = (turn(plane[..., rows, columns], element) for plane in (tile.image, tile.labels, tile.valid))
+        return Sample(*planes, view, index)
 
     def draw_window(self, rng: np.random.Generator, tile: Tile, length: int) -> slice:
         "Place the crop on one axis."
@@ -105,13 +200,14 @@ class SampleStream(Dataset):
         start = int(rng.integers(length - self.crop + 1))
         return slice(start, start + self.crop)
 
-# %% ../nbs/16_batches.ipynb #cell-16
+# %% ../nbs/16_batches.ipynb #cell-26
 class Batch(NamedTuple):
     "What model, loss and metrics take."
 
     x: Tensor  # `(B, 3 or 4, H, W)` float32
     targets: Tensor  # every label a pixel carries, `(B, C, H, W)` bool; class 0 where no other is
     valid: Tensor  # `(B, H, W)` bool
+    index: Tensor  # of the tiles in their split, `(B,)` int64
 
 
 def multi_hot(
@@ -119,69 +215,133 @@ def multi_hot(
     n_classes: int,  # background included
 ) -> Tensor:  # `(B, C, H, W)` bool
     "Turn label bits into one mask a class."
-    ones = bits.new_empty((len(bits), n_classes, *bits.shape[1:]))  # bytes of 0 and 1 are what a bool is
-    ones[:, 0] = bits == 0
+    ones = reserve((len(bits), n_classes, *bits.shape[1:]), torch.uint8, bits.device)  # bytes of 0 and 1 are what a bool is
+    torch.clamp(bits, max=1, out=ones[:, 0]).bitwise_xor_(1)
     for k in range(n_classes - 1):
-        torch.bitwise_and(bits >> k, 1, out=ones[:, k + 1])
+        torch.clamp(bits & 1 << k, max=1, out=ones[:, k + 1])
     return ones.view(torch.bool)
 
-# %% ../nbs/16_batches.ipynb #cell-17
+# %% ../nbs/16_batches.ipynb #cell-27
+def look(samples: Sample) -> tuple[Tensor, Tensor, Tensor]:  # image, labels, valid
+    "See each sample of a batch through its view."
+    image, labels, valid, view, _ = samples
+    moved = (view != view.new_tensor(AS_IT_IS)).any(1).nonzero()[:, 0]
+    if not len(moved):
+        return image, labels, valid
+    masks = torch.stack([labels, valid.to(labels.dtype)], 1)
+    image, masks = (
+        planes.index_copy(0, moved, zoom_and_shift(planes[moved], view[moved], mode))
+        for planes, mode in ((image, "bilinear"), (masks, "nearest"))
+    )
+    return image, masks[:, 0], masks[:, 1].bool()
+
+
 def make_batch(
     samples: Sample,  # with a leading axis B
     channels: str,  # a key of `CHANNELS`
     n_classes: int,  # background included
     device: torch.device | str = "cpu",
+    statistics: Statistics = IMAGENET,
 ) -> Batch:
-    "Move samples to the device, turn them, pick channels and unpack labels."
-    image, labels, valid, element = (t.to(device, non_blocking=True) for t in samples[:4])
-    if element.any():
-        image, labels, valid = (turn(t, element) for t in (image, labels, valid))
-    return Batch(select_channels(image, channels), multi_hot(labels, n_classes), valid)
+    "Move samples to the device, zoom and shift them, pick channels and unpack labels."
+    image, labels, valid = look(Sample(*(t.to(device, non_blocking=True) for t in samples)))
+    return Batch(select_channels(image, channels, statistics), multi_hot(labels, n_classes), valid, samples.index)
 
-# %% ../nbs/16_batches.ipynb #cell-20
-MEMORY_LIMIT = 2e9  # bytes of decoded tiles kept in memory
+# %% ../nbs/16_batches.ipynb #cell-28
+@dataclass(frozen=True)
+class Feed:
+    "Tiles, and what a model is shown of them."
+
+    tiles: Sequence[Tile]
+    channels: str  # a key of `CHANNELS`
+    n_classes: int  # background included
+    statistics: Statistics = IMAGENET
+    weights: np.ndarray | None = None  # of each tile in training, see `rare_class_weights`; None: all alike
+
+    def prepare(self, device: torch.device | str) -> Callable[[Sample], Batch]:
+        "Give the function that makes batches on a device."
+        return lambda samples: make_batch(samples, self.channels, self.n_classes, device, self.statistics)
+
+# %% ../nbs/16_batches.ipynb #cell-30
+def read_ahead(
+    work: Callable,  # called in a thread
+    items: Iterable,  # each is an argument of `work`
+    n_threads: int = 0,  # 0: one a core, at most 4
+) -> Iterator:
+    "Give `work(item)` in order, computed some items ahead."
+    n_threads = n_threads or min(os.cpu_count() or 1, 4)
+    pending: deque = deque()
+    with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:  # OpenMP's setting is a thread's own
+        try:
+            for item in items:
+                pending.append(pool.submit(work, item))
+                if len(pending) > n_threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for waiting in pending:
+                waiting.cancel()
+
+# %% ../nbs/16_batches.ipynb #cell-31
+def collate(
+    samples: Iterable[Sample],  # each is copied as soon as it is read, while the cache holds it
+    n_samples: int,
+) -> Sample:  # with a leading axis B
+    "Join samples to a batch."
+    joined, rest = [], []
+    for k, (*planes, view, index) in enumerate(samples):
+        joined = joined or [recycler.take((n_samples, *plane.shape), plane.dtype) for plane in planes]
+        for plane, out in zip(planes, joined, strict=True):
+            copy_planes(plane, out[k])
+        rest.append((view, index))
+    views, indices = zip(*rest, strict=True)
+    return Sample(*map(torch.from_numpy, (*joined, np.array(views, np.float32), np.array(indices))))
 
 
-def keep_in_memory(tiles: Sequence[Tile]) -> Sequence[Tile]:
-    "Read a small split once and for all; leave a large one on disk."
-    first = tiles[0]
-    n_bytes = len(tiles) * (first.image.nbytes + first.labels.nbytes + first.valid.nbytes)
-    return list(tiles) if n_bytes <= MEMORY_LIMIT else tiles
+def copy_planes(
+    source: np.ndarray,  # `(…, H, W)`
+    target: np.ndarray,  # the same shape
+    strip: int = 64,  # columns: what a cache line holds of bytes
+) -> None:
+    "Copy images; where rows and columns are exchanged, in strips, so that each line of the cache is fetched once."
+    is_exchanged = abs(source.strides[-1]) > abs(source.strides[-2])
+    for start in range(0, source.shape[-1], strip if is_exchanged else source.shape[-1]):
+        columns = slice(start, start + strip if is_exchanged else None)
+        target[..., columns] = source[..., columns]
 
-
-def n_workers(tiles: Sequence[Tile]) -> int:
-    "Choose worker processes: none for tiles in memory, else one a core, at most 16."
-    return 0 if isinstance(tiles, list) else min(os.cpu_count() or 1, 16)
-
-# %% ../nbs/16_batches.ipynb #cell-21
+# %% ../nbs/16_batches.ipynb #cell-33
 def training_loader(
     stream: SampleStream,
     batch_size: int,
     first: int,  # iteration to begin with: 0, or where a training stopped
     last: int,  # iteration to stop before
-) -> DataLoader:  # of `Sample`
+    prepare: Callable[[Sample], Any] = lambda samples: samples,  # what to make of each part
+    parts: Sequence[int] = (0,),  # which parts of each batch are wanted here, in this order
+    n_parts: int = 1,  # into how many parts a batch is cut
+) -> Iterator:  # a part after the other
     "Load the batches of iterations `first` to `last` of a stream."
-    positions = range(first * batch_size, last * batch_size)
-    return DataLoader(stream, batch_size, sampler=positions, num_workers=n_workers(stream.tiles))
-
-
-class WholeTiles(Dataset):
-    "Every tile once, uncut."
-
-    def __init__(self, tiles: Sequence[Tile]):
-        self.tiles = tiles
-
-    def __len__(self) -> int:
-        return len(self.tiles)
-
-    def __getitem__(self, index: int) -> Sample:
-        tile = self.tiles[index]
-        return Sample(tile.image, tile.labels, tile.valid, 0, index)
+    if batch_size % n_parts:
+        raise ValueError(f"a batch of {batch_size} cannot be cut into {n_parts} equal parts: choose another batch size, or fewer processes")
+    size = batch_size // n_parts
+    starts = (iteration * batch_size + part * size for iteration in range(first, last) for part in parts)
+    return read_ahead(lambda start: prepare(collate((stream[k] for k in range(start, start + size)), size)), starts)
 
 
 def scoring_loader(
     tiles: Sequence[Tile],
     batch_size: int = 8,
-) -> DataLoader:  # of `Sample`
-    "Load every tile once, in order, the last batch as small as it may be."
-    return DataLoader(WholeTiles(tiles), batch_size, num_workers=n_workers(tiles))
+    prepare: Callable[[Sample], Any] = lambda samples: samples,  # what to make of each batch
+    rank: int = 0,  # of this process
+    n_processes: int = 1,
+) -> Iterator:
+    "Load every tile once, in order, the last batch as small as it may be; of several processes each loads its own tiles."
+    mine = range(rank, len(tiles), n_processes)
+    batches = (mine[k : k + batch_size] for k in range(0, len(mine), batch_size))
+    return read_ahead(lambda batch: prepare(collate((whole_tile(tiles, k) for k in batch), len(batch))), batches)
+
+
+def whole_tile(tiles: Sequence[Tile], index: int) -> Sample:
+    "Give one tile uncut, nothing to be applied."
+    tile = tiles[index]
+    return Sample(tile.image, tile.labels, tile.valid, AS_IT_IS, index)

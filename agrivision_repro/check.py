@@ -28,11 +28,11 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from .data import BadFile, Tiles, detect_edition, field_of, find_edition, open_splits, unpack_labels
+from .data import BadFile, Tile, Tiles, detect_edition, field_of, find_edition, open_splits, unpack_labels
 
 # %% auto #0
-__all__ = ['FAULTS', 'HARMLESS', 'TILE_NAME', 'Fault', 'Census', 'count_tile', 'TileReport', 'read_parts', 'check_tile',
-           'worker_pool', 'exit_with_parent', 'SplitReport', 'check_split', 'find_strays', 'find_repeats',
+__all__ = ['FAULTS', 'HARMLESS', 'TILE_NAME', 'Fault', 'Census', 'mean_and_std', 'count_tile', 'TileReport', 'read_parts',
+           'check_tile', 'worker_pool', 'exit_with_parent', 'SplitReport', 'check_split', 'find_strays', 'find_repeats',
            'find_shared_fields', 'CheckReport', 'check_data', 'list_members', 'unpack_archive', 'nearest_folder']
 
 # %% ../nbs/11_check.ipynb #cell-05
@@ -76,11 +76,12 @@ class Census:
     n_overlapping: int = 0  # valid pixels of two or more classes
     pixels: np.ndarray | int = 0  # of each class, `(C,)` int64
     tiles: np.ndarray | int = 0  # that show each class, `(C,)` int64
-    histogram: np.ndarray | int = 0  # of R, G, B, NIR, `(4, 256)` int64
+    sums: np.ndarray | int = 0  # of the bytes of R, G, B, NIR, `(4,)` int64
+    squares: np.ndarray | int = 0  # of their squares
 
     def add(self, other: Census) -> None:
         "Add what another set holds."
-        for name in ("n_tiles", "n_pixels", "n_valid", "n_overlapping", "pixels", "tiles", "histogram"):
+        for name in ("n_tiles", "n_pixels", "n_valid", "n_overlapping", "pixels", "tiles", "sums", "squares"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.fields |= other.fields
         self.sizes += other.sizes
@@ -92,21 +93,32 @@ class Census:
 
     def channel_table(self) -> pd.DataFrame:
         "Give mean and standard deviation of each channel, of values in [0, 1]."
-        values, n = np.arange(256) / 255, max(self.n_valid, 1)
-        mean = self.histogram @ values / n
-        std = np.sqrt(np.maximum(self.histogram @ values**2 / n - mean**2, 0))
+        mean, std = mean_and_std(self.n_valid, self.sums, self.squares)
         return pd.DataFrame({"mean": mean, "std": std}, index=["R", "G", "B", "NIR"]).round(4)
 
+
+def mean_and_std(
+    n: int,  # pixels
+    sums: np.ndarray,  # of bytes, a channel, `(4,)` int64
+    squares: np.ndarray,  # of their squares
+) -> tuple[np.ndarray, np.ndarray]:  # of values in [0, 1]
+    "Give mean and standard deviation of each channel; 0 where there is no pixel."
+    n = max(n, 1)
+    return sums / n / 255, np.sqrt(np.maximum(squares / n - (sums / n) ** 2, 0)) / 255
+
 # %% ../nbs/11_check.ipynb #cell-08
-def count_tile(tiles: Tiles, name: str, parts: dict[str, np.ndarray]) -> Census:
+def count_tile(
+    tile: Tile,
+    classes: tuple[str, ...],  # background first
+    is_labelled: bool = True,
+) -> Census:
     "Count one tile."
-    tile = tiles.assemble(name, parts)
-    masks = unpack_labels(tile.labels, len(tiles.classes)) & tile.valid
-    pixels = masks.sum((1, 2))
+    masks = unpack_labels(tile.labels, len(classes)) & tile.valid
+    pixels, values = masks.sum((1, 2)), np.arange(256)
+    histogram = np.stack([np.bincount(channel[tile.valid], minlength=256) for channel in tile.image])
     return Census(
-        tiles.classes, tiles.is_labelled, 1, {field_of(name)}, Counter([tile.labels.shape]), tile.valid.size, int(tile.valid.sum()),
-        int((masks[1:].sum(0) > 1).sum()), pixels, (pixels > 0).astype(np.int64),
-        np.stack([np.bincount(channel[tile.valid], minlength=256) for channel in tile.image]),
+        classes, is_labelled, 1, {field_of(tile.name)}, Counter([tile.labels.shape]), tile.valid.size, int(tile.valid.sum()),
+        int((masks[1:].sum(0) > 1).sum()), pixels, (pixels > 0).astype(np.int64), histogram @ values, histogram @ values**2,
     )  # fmt: skip
 
 # %% ../nbs/11_check.ipynb #cell-10
@@ -147,7 +159,8 @@ def check_tile(tiles: Tiles, name: str) -> TileReport:
     if tiles.is_by_field and not TILE_NAME.fullmatch(name):
         faults.append(Fault("bad name", name, f"{name} is not FIELD_x1-y1-x2-y2: its field is unknown, so rename or remove it"))
     files = tiles.files(name)
-    census = count_tile(tiles, name, parts) if parts.keys() == files.keys() else None
+    is_whole = parts.keys() == files.keys()
+    census = count_tile(tiles.assemble(name, parts), tiles.classes, tiles.is_labelled) if is_whole else None
     if census is not None and not census.n_valid:
         faults.append(Fault("no valid pixel", name, f"{name} has no valid pixel: it teaches nothing and is not scored"))
     first = next(iter(files.values()))

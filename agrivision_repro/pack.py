@@ -7,24 +7,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
+import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from .check import worker_pool
-from .data import Tile, Tiles, find_edition, home_of, open_tiles
+from .check import count_tile, worker_pool
+from .data import Tile, Tiles, field_of, find_edition, home_of, open_tiles
 
 # %% auto #0
-__all__ = ['REPAIR', 'code_type', 'encode', 'decode', 'PackedTiles', 'check_array', 'checksum', 'read_slot', 'identify',
-           'read_index', 'pack_tile', 'start_pack', 'read_journal', 'decode_missing', 'pack_split', 'is_sound',
-           'open_split', 'pack_folder']
+__all__ = ['recycler', 'REPAIR', 'code_type', 'encode', 'decode', 'Counts', 'tile_counts', 'Recycler', 'PackedTiles', 'Slots',
+           'checksum', 'identify', 'read_index', 'pack_tile', 'start_pack', 'read_journal', 'decode_missing',
+           'pack_split', 'is_sound', 'count_tiles', 'count_one', 'open_split', 'pack_folder']
 
 # %% ../nbs/14_pack.ipynb #cell-05
 def code_type(classes: Sequence[str]) -> np.dtype:
@@ -37,7 +42,7 @@ def encode(
     dtype: np.dtype,  # of `code_type`
 ) -> np.ndarray:  # `(H, W)`
     "Put labels and valid pixels into one number a pixel."
-    return tile.labels.astype(dtype) | tile.valid.astype(dtype) << dtype.type(8 * dtype.itemsize - 1)
+    return tile.labels.astype(dtype) | tile.valid * dtype.type(1 << 8 * dtype.itemsize - 1)
 
 
 def decode(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # labels uint8, valid bool, `(H, W)` each
@@ -46,6 +51,62 @@ def decode(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # labels uint8,
     return (codes & (top - 1)).astype(np.uint8), codes >= top
 
 # %% ../nbs/14_pack.ipynb #cell-08
+class Counts(NamedTuple):
+    "What each of N tiles holds on its valid pixels, in whole numbers: enough for statistics and for weights."
+
+    valid: np.ndarray  # valid pixels, `(N,)` int64
+    pixels: np.ndarray  # of each class, `(N, C)`
+    sums: np.ndarray  # of the bytes of R, G, B, NIR, `(N, 4)`
+    squares: np.ndarray  # of their squares, `(N, 4)`
+
+    @classmethod
+    def of(cls, tiles: Iterable[Sequence]) -> Counts:
+        "Stack the counts of single tiles."
+        return cls(*(np.array(column, np.int64) for column in zip(*tiles, strict=True)))
+
+
+def tile_counts(
+    tile: Tile,
+    classes: tuple[str, ...],  # background first
+) -> list:  # the fields of `Counts` for one tile, as JSON has them
+    "Count one tile."
+    census = count_tile(tile, classes)
+    return [census.n_valid, *(found.tolist() for found in (census.pixels, census.sums, census.squares))]
+
+# %% ../nbs/14_pack.ipynb #cell-09
+class Recycler:
+    "Memory for large arrays, given out again when every array and tensor made of it is gone."
+
+    def __init__(
+        self,
+        limit: float = 5e8,  # bytes that are kept
+    ):
+        self.limit, self.kept, self.lock = limit, [], Lock()
+
+    def take(
+        self,
+        shape: Sequence[int],
+        dtype: np.dtype | type,
+    ) -> np.ndarray:  # whatever stood there
+        "Make an array."
+        n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+        with self.lock:
+            return self.find(n_bytes)[:].view(dtype).reshape(shape)  # a view holds what it was made of
+
+    def find(self, n_bytes: int) -> np.ndarray:
+        "Find memory of that size which only this list holds, or reserve some more."
+        for memory in self.kept:
+            if memory.nbytes == n_bytes and sys.getrefcount(memory) == 3:  # the list, this name and the call's argument
+                return memory
+        self.kept.append(np.empty(n_bytes, np.uint8))
+        while len(self.kept) > 1 and sum(memory.nbytes for memory in self.kept) > self.limit:
+            self.kept.pop(0)
+        return self.kept[-1]
+
+
+recycler = Recycler()
+
+# %% ../nbs/14_pack.ipynb #cell-11
 class PackedTiles(Sequence):
     "A packed split: the same tiles as `Tiles`, without decoding."
 
@@ -56,56 +117,68 @@ class PackedTiles(Sequence):
         self.folder = Path(folder)
         index = read_index(self.folder)
         self.split, self.classes, self.is_labelled = index["split"], tuple(index["classes"]), index["is_labelled"]
-        self.tiles, self.shape, self.fingerprint = index["tiles"], tuple(index["shape"]), index["fingerprint"]
-        self.names, self.dtype = [tile["name"] for tile in self.tiles], np.dtype(index["dtype"])
+        self.shape, self.dtype, self.fingerprint = tuple(index["shape"]), np.dtype(index["dtype"]), index["fingerprint"]
+        self.names = [tile["name"] for tile in index["tiles"]]
         self.place = {name: i for i, name in enumerate(self.names)}
-        self.checked: set[int] = set()
-        for name, entry in (("images.npy", (4, *self.shape)), ("labels.npy", self.shape)):
-            check_array(self.folder / name, (len(self.tiles), *entry))
+        self.sizes = [{role: size for role, (size, _) in tile["files"].items()} for tile in index["tiles"]]
+        self.counts = Counts.of(tile["counts"] for tile in index["tiles"])
+        self.crc, self.is_checked = [tile["crc"] for tile in index["tiles"]], np.zeros(len(self.names), bool)
+        self.images = Slots.open(self.folder / "images.npy", (len(self), 4, *self.shape), np.dtype(np.uint8))
+        self.labels = Slots.open(self.folder / "labels.npy", (len(self), *self.shape), self.dtype)
 
     def file_sizes(self, name: str) -> dict[str, int]:
         "Give the bytes of every source file of one tile by its role."
-        return {role: size for role, (size, _) in self.tiles[self.place[name]]["files"].items()}
+        return self.sizes[self.place[name]]
 
     def __len__(self) -> int:
-        return len(self.tiles)
+        return len(self.names)
 
     def __getitem__(self, i: int) -> Tile:
         i = range(len(self))[i]
-        image = read_slot(self.folder / "images.npy", i, (4, *self.shape), np.dtype(np.uint8))
-        codes = read_slot(self.folder / "labels.npy", i, self.shape, self.dtype)
-        if i not in self.checked:
-            if checksum(image, codes) != self.tiles[i]["crc"]:
+        image, codes = self.images.read(i), self.labels.read(i)
+        if not self.is_checked[i]:
+            if checksum(image, codes) != self.crc[i]:
                 raise ValueError(f"tile {self.names[i]} in {self.folder} is damaged: {REPAIR}")
-            self.checked.add(i)
+            self.is_checked[i] = True
         return Tile(self.names[i], image, *decode(codes))
 
 
 REPAIR = "make the pack again with agrivision data pack"
 
 
-def check_array(path: Path, shape: tuple[int, ...]) -> None:
-    "Raise a `ValueError` unless a file holds an array of that shape, all of it."
-    try:
-        found = np.load(path, mmap_mode="r").shape
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be opened ({error}): {REPAIR}") from error
-    if found != shape:
-        raise ValueError(f"{path} is {found}, wanted {shape}: {REPAIR}")
+@dataclass(frozen=True)
+class Slots:
+    "The entries of an `.npy` file, each read into memory of its own: mapped pages would count as the process's."
 
-# %% ../nbs/14_pack.ipynb #cell-09
+    path: Path
+    shape: tuple[int, ...]  # of one entry
+    dtype: np.dtype
+    start: int  # bytes of the file's header
+
+    @classmethod
+    def open(cls, path: Path, shape: tuple[int, ...], dtype: np.dtype) -> Slots:
+        "Raise a `ValueError` unless a file holds an array of that shape, all of it."
+        try:
+            found = np.load(path, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be opened ({error}): {REPAIR}") from error
+        if found.shape != shape or found.dtype != dtype:
+            raise ValueError(f"{path} is {found.shape} {found.dtype}, wanted {shape} {dtype}: {REPAIR}")
+        return cls(path, shape[1:], dtype, found.offset)
+
+    def read(self, i: int) -> np.ndarray:
+        "Read the i-th entry."
+        entry = recycler.take(self.shape, self.dtype)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.start + i * entry.nbytes)
+            if file.readinto(entry.reshape(-1).view(np.uint8)) < entry.nbytes:
+                raise ValueError(f"{self.path} ends before its entry {i}: {REPAIR}")
+        return entry
+
+# %% ../nbs/14_pack.ipynb #cell-12
 def checksum(image: np.ndarray, codes: np.ndarray) -> int:
     "Sum up a tile's bytes."
     return zlib.crc32(codes, zlib.crc32(image))
-
-
-def read_slot(path: Path, i: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    "Read the i-th entry of an `.npy` file into fresh memory."
-    size = int(np.prod(shape))
-    with path.open("rb") as file:
-        np.lib.format.read_magic(file)
-        np.lib.format.read_array_header_1_0(file)
-        return np.fromfile(file, dtype, size, offset=i * size * dtype.itemsize).reshape(shape)
 
 
 def identify(index: dict) -> str:  # 12 hexadecimal digits
@@ -125,7 +198,7 @@ def read_index(folder: Path) -> dict:
         raise ValueError(f"{folder / 'index.json'} does not match its fingerprint: {REPAIR}")
     return index
 
-# %% ../nbs/14_pack.ipynb #cell-11
+# %% ../nbs/14_pack.ipynb #cell-14
 def pack_tile(
     tiles: Tiles,
     folder: Path,  # holds images.npy and labels.npy
@@ -139,9 +212,10 @@ def pack_tile(
     images[i], labels[i] = tile.image, encode(tile, labels.dtype)
     files = {role: path.read_bytes() for role, path in tiles.files(name).items()}
     sums = {role: (len(content), hashlib.blake2b(content, digest_size=8).hexdigest()) for role, content in files.items()}
-    return {"name": name, "crc": checksum(images[i], labels[i]), "files": sums}
+    known = {"name": name, "field": field_of(name) if tiles.is_by_field else name, "counts": tile_counts(tile, tiles.classes)}
+    return {**known, "crc": checksum(images[i], labels[i]), "files": sums}
 
-# %% ../nbs/14_pack.ipynb #cell-12
+# %% ../nbs/14_pack.ipynb #cell-15
 def start_pack(tiles: Tiles, folder: Path) -> dict:  # the index without its tiles
     "Lay out empty arrays, unless an unfinished pack of the same tiles stands there."
     first = tiles[0]
@@ -165,7 +239,7 @@ def start_pack(tiles: Tiles, folder: Path) -> dict:  # the index without its til
     (folder / "plan.json").write_text(json.dumps(plan))
     return plan
 
-# %% ../nbs/14_pack.ipynb #cell-13
+# %% ../nbs/14_pack.ipynb #cell-16
 def read_journal(tiles: Tiles, folder: Path) -> dict[str, dict]:  # name → entry
     "Read which tiles are done, and keep those whose bytes are really there, of files that have not changed since."
     path, done = folder / "journal.jsonl", {}
@@ -193,7 +267,7 @@ def decode_missing(tiles: Tiles, folder: Path, done: dict[str, dict], n_workers:
         options = {"total": len(tiles), "initial": len(done), "unit": "tile", "disable": not shows_progress}
         yield from tqdm(found, f"packing {tiles.split}", **options)
 
-# %% ../nbs/14_pack.ipynb #cell-14
+# %% ../nbs/14_pack.ipynb #cell-17
 def pack_split(
     tiles: Tiles,
     folder: Path,  # `ROOT/packed`
@@ -233,7 +307,26 @@ def is_sound(folder: Path, tiles: Tiles) -> bool:
     except ValueError:
         return False
 
-# %% ../nbs/14_pack.ipynb #cell-19
+# %% ../nbs/14_pack.ipynb #cell-22
+def count_tiles(
+    tiles: Tiles | PackedTiles,
+    n_workers: int = 0,  # processes; 0: one a core
+    shows_progress: bool = False,  # a bar on stderr
+) -> Counts:
+    "Count every tile of a split."
+    if isinstance(tiles, PackedTiles):
+        return tiles.counts
+    with worker_pool(n_workers or os.cpu_count() or 1) as pool:
+        work = partial(count_one, tiles)
+        found = pool.map(work, range(len(tiles)), chunksize=16) if pool else map(work, range(len(tiles)))
+        return Counts.of(tqdm(found, f"counting {tiles.split}", len(tiles), unit="tile", disable=not shows_progress))
+
+
+def count_one(tiles: Tiles, i: int) -> list:
+    "Read and count one tile."
+    return tile_counts(tiles[i], tiles.classes)
+
+# %% ../nbs/14_pack.ipynb #cell-25
 def open_split(
     edition: str,  # a key of `EDITIONS`, or `classes:NAME,NAME,…`
     root: str | Path,  # the folder of the data set, or the one above

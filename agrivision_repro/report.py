@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from nbconvert import HTMLExporter
 from torch import nn
 
-from .batches import select_channels
+from .batches import IMAGENET, Statistics, select_channels
 from .data import Tile, as_panels, pack_labels, paint_labels, unpack_labels
 from .paper import TABLE1
 from .pictures import show_panels
@@ -121,10 +121,11 @@ def predict_labels(
     model: nn.Module,  # in evaluation mode, on the CPU
     tile: Tile,
     channels: str,  # what the model is shown: a key of `batches.CHANNELS`
+    statistics: Statistics = IMAGENET,  # what its channels are normalised by
 ) -> np.ndarray:  # label bits, `(H, W)` uint8
     "Predict every anomaly whose logit is positive, as the multi-label metric counts it."
     image = torch.from_numpy(tile.image)[None]
-    logits = model(select_channels(image, channels))[0]
+    logits = model(select_channels(image, channels, statistics))[0]
     return pack_labels(list((logits[1:] > 0).numpy()))
 
 
@@ -151,14 +152,15 @@ def modality_picture(
 ) -> Figure:
     "Draw RGB and NIR of validation tiles beside what both models predict from both."
     run, rows = results[0].run, []
-    models = {c: next(r for r in results if r.run.channels == c).model() for c in MODALITY}
+    trained = {c: next(r for r in results if r.run.channels == c) for c in MODALITY}
+    models = {c: (result.model(), result.statistics) for c, result in trained.items()}
     candidates = thin_out(workspace.tiles(run, "val"), 200)
     for tile in most_varied(candidates, len(run.edition.classes), n_tiles):
         row = as_panels(tile)
-        for trained, model in models.items():
+        for own, (model, statistics) in models.items():
             for shown, name in MODALITY.items():
-                labels = predict_labels(model, tile, shown)
-                row[f"{MODALITY[trained]} model on {name}"] = paint_labels(labels, tile.valid)
+                labels = predict_labels(model, tile, shown, statistics)
+                row[f"{MODALITY[own]} model on {name}"] = paint_labels(labels, tile.valid)
         rows.append(row)
     return show_panels(rows, classes=run.edition.classes)
 

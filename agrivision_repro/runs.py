@@ -25,11 +25,12 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
 import agrivision_repro
-from .batches import CHANNELS, keep_in_memory
-from .data import Edition, Tile, find_edition, fingerprint
+from .backbones import check_choice
+from .batches import CHANNELS, IMAGENET, SAMPLERS, Feed, Statistics, dataset_statistics, rare_class_weights
+from .data import Edition, Tile, Tiles, find_edition, fingerprint
 from .deeplab import DeepLabV3Plus
 from .losses import HybridLoss
-from .pack import open_split
+from .pack import Counts, PackedTiles, count_tiles, open_split, pack_split
 from .synthetic import Farmland, write_farmland
 from agrivision_repro.training import (
     Recipe,
@@ -44,9 +45,9 @@ from agrivision_repro.training import (
 )
 
 # %% auto #0
-__all__ = ['SCALES', 'Scale', 'find_scale', 'Run', 'plan_run', 'run_id', 'git', 'provenance', 'replace_file', 'write_json',
-           'Result', 'build_model', 'build_loss', 'thin_out', 'default_out', 'Workspace', 'hold', 'resume_trainer',
-           'train_run']
+__all__ = ['SCALES', 'PACK_UP_TO', 'Scale', 'find_scale', 'Run', 'plan_run', 'run_id', 'git', 'provenance', 'replace_file',
+           'write_json', 'Result', 'build_model', 'build_loss', 'thin_out', 'default_out', 'remove_empty', 'Workspace',
+           'hold', 'resume_trainer', 'train_run']
 
 # %% ../nbs/60_runs.ipynb #cell-05
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Run:
     data: str = "synthetic"  # an edition of `data.EDITIONS`
     farm: Farmland | None = None  # the synthetic tiles; None for real data
     channels: str = "rgbn"  # what the model sees: a key of `batches.CHANNELS`
+    statistics: str = "imagenet"  # what channels are normalised by; "dataset": the training tiles' own
     depth: int = 101  # of the ResNet
     norm: str = "bn"  # `bn`, `ibn_a`, `ibn_b`, `ibn_s`
     dice: float = 1.0  # lambda 1 of eq. 10
@@ -178,6 +180,11 @@ class Result:
     record: dict = field(compare=False)  # run.json
     scores: dict = field(compare=False)  # scores.json: test input → metric → iou, mean, floor
 
+    @property
+    def statistics(self) -> Statistics:
+        "What the model's channels are normalised by."
+        return Statistics(*map(tuple, self.record["statistics"]))
+
     def model(self) -> DeepLabV3Plus:
         "Load the trained model, in evaluation mode, on the CPU."
         run = replace(self.run, recipe=replace(self.run.recipe, is_pretrained=False))  # its own weights follow
@@ -208,12 +215,23 @@ def thin_out(tiles: Sequence, limit: int) -> Sequence:
     return [tiles[k * len(tiles) // limit] for k in range(limit)]
 
 # %% ../nbs/60_runs.ipynb #cell-21
+PACK_UP_TO = 2e9  # bytes of images; a larger split is packed only when asked, by `agrivision data pack`
+
+
 def default_out() -> Path:
     "Give $AGRIVISION_OUT; else `out/` of the checkout that holds this package, or of the current folder if none does."
     if os.environ.get("AGRIVISION_OUT"):
         return Path(os.environ["AGRIVISION_OUT"]).resolve()
     root = Path(agrivision_repro.__file__).resolve().parent.parent
     return (root if (root / "settings.ini").is_file() else Path.cwd()) / "out"
+
+
+def remove_empty(folder: Path) -> None:
+    "Remove a folder, and those above it that hold nothing else."
+    shutil.rmtree(folder, ignore_errors=True)
+    while not any(folder.parent.iterdir()):
+        folder = folder.parent
+        folder.rmdir()
 
 
 class Workspace:
@@ -228,7 +246,8 @@ class Workspace:
         self.out = Path(out).expanduser().resolve() if out else default_out()
         self.data_root = Path(data_root).expanduser().resolve() if data_root else None
         self.device = check_device(device)
-        self.read, self.identify = lru_cache(maxsize=4)(self.read), lru_cache(self.identify)  # once a workspace
+        for name in ("open", "counts", "identify"):
+            setattr(self, name, lru_cache(getattr(self, name)))  # once a workspace
 
     def root(self, data: str, farm: Farmland | None) -> Path:
         "Find the folder of a data set, making it first where it is synthetic."
@@ -243,13 +262,33 @@ class Workspace:
         "Fingerprint the splits that trainings use."
         return fingerprint([open_split(data, self.root(data, farm), split) for split in ("train", "val")])
 
-    def read(self, data: str, farm: Farmland | None, split: str, limit: int) -> Sequence[Tile]:
-        "Read a split, whole where it fits into memory."
-        return keep_in_memory(thin_out(open_split(data, self.root(data, farm), split), limit))
+    def open(self, data: str, farm: Farmland | None, split: str) -> Tiles | PackedTiles:
+        "Open a split from its pack; a small one that has none is packed among the results."
+        tiles = open_split(data, self.root(data, farm), split)
+        if isinstance(tiles, PackedTiles) or len(tiles) * tiles[0].image.nbytes > PACK_UP_TO:
+            return tiles
+        folder = self.out / "data" / f"packed-{fingerprint([tiles])}"
+        try:
+            return pack_split(tiles, folder, n_workers=1)
+        except (ValueError, OSError):
+            remove_empty(folder)
+            raise
 
     def tiles(self, run: Run, split: str) -> Sequence[Tile]:
         "Give the tiles that a Run is trained on (`train`) or scored on (`val`)."
-        return self.read(run.data, run.farm, split, run.recipe.max_val_tiles if split == "val" else 0)
+        return thin_out(self.open(run.data, run.farm, split), run.recipe.max_val_tiles if split == "val" else 0)
+
+    def feed(self, run: Run, split: str, channels: str = "") -> Feed:
+        "Give those tiles with all that decides what the model is shown of them; `channels` other than the Run's to test on."
+        check_choice("statistics", run.statistics, ("imagenet", "dataset"))
+        check_choice("sampler", run.recipe.sampler, SAMPLERS)
+        own = dataset_statistics(self.counts(run.data, run.farm)) if run.statistics == "dataset" else IMAGENET
+        weights = rare_class_weights(self.counts(run.data, run.farm)) if run.recipe.sampler == "rare" else None
+        return Feed(self.tiles(run, split), channels or run.channels, len(run.edition.classes), own, weights)
+
+    def counts(self, data: str, farm: Farmland | None) -> Counts:
+        "Count what the training tiles show."
+        return count_tiles(self.open(data, farm, "train"), shows_progress=True)
 
     def folder(self, run: Run) -> Path:
         "Name the folder of a Run."
@@ -267,7 +306,7 @@ class Workspace:
         "Give a finished Run, training it first if need be; of two processes one trains and the other waits."
         if self.finished(run) is None:
             for split in ("train", "val"):
-                self.tiles(run, split)  # a bad file is found before anything is written
+                self.feed(run, split)  # a bad file is found before anything is written
             folder = self.folder(run)
             folder.mkdir(parents=True, exist_ok=True)
             with hold(folder / ".lock"):
@@ -308,20 +347,20 @@ def resume_trainer(run: Run, state: Path, device: str) -> Trainer:
 
 def train_run(run: Run, workspace: Workspace, folder: Path, title: str) -> None:
     "Train and score a Run, and leave its folder finished."
-    began, n_classes = time.monotonic(), len(run.edition.classes)
-    tiles, val_tiles = (workspace.tiles(run, split) for split in ("train", "val"))
+    began, feed = time.monotonic(), workspace.feed(run, "train")
+    tests = {channels: workspace.feed(run, "val", channels) for channels in run.test_inputs}
     state = folder / "state" / "state.safetensors"
     trainer = resume_trainer(run, state, workspace.device)
     record = {"run": asdict(run), "title": run.title, **provenance(trainer.accelerator.device)}
-    record |= {"resumed_at": trainer.iteration, "precision": trainer.accelerator.mixed_precision}
+    record |= {"resumed_at": trainer.iteration, "precision": trainer.accelerator.mixed_precision, "statistics": feed.statistics}
+    record |= {"n_train": len(feed.tiles), "n_val": len(tests[run.test_inputs[0]].tiles)}
     write_json(folder / "run.json", record)
-    fit(trainer, tiles, run.channels, n_classes, state, title)
+    fit(trainer, feed, state, title)
     save_state(trainer, state)
-    scores = {c: score(trainer.model, val_tiles, c, n_classes, trainer.accelerator) for c in run.test_inputs}
+    scores = {channels: score(trainer.model, test, trainer.accelerator) for channels, test in tests.items()}
     weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
     replace_file(folder / "weights.safetensors", lambda p: save_file({k: v.contiguous() for k, v in weights.items()}, p))
     replace_file(folder / "history.csv", history_table(trainer.history, trainer.loss).to_csv)
-    seconds = round(time.monotonic() - began, 1)
-    write_json(folder / "run.json", record | {"seconds": seconds, "n_train": len(tiles), "n_val": len(val_tiles)})
+    write_json(folder / "run.json", record | {"seconds": round(time.monotonic() - began, 1)})
     write_json(folder / "scores.json", scores)
     shutil.rmtree(folder / "state")

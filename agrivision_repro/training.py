@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .batches import Batch, SampleStream, make_batch, scoring_loader, training_loader
-from .data import Tile
+from .batches import Batch, Feed, SampleStream, scoring_loader, training_loader
 from .losses import HybridLoss
 from .metrics import ChallengeIoU, CountingIoU, MultilabelIoU, background_only
 
@@ -41,7 +40,8 @@ class Recipe:
     weight_decay: float = 5e-4  # on every parameter, as the authors
     batch_size: int = 32
     crop: int = 0  # side of random square crops, pixels; 0: whole tiles, the authors' 512²
-    is_turned: bool = True  # flips and quarter turns
+    augmentation: str = "d4"  # one of `batches.AUGMENTATIONS`
+    sampler: str = "shuffle"  # one of `batches.SAMPLERS`
     width: float = 1.0  # scales the channels of backbone and head
     is_pretrained: bool = True  # start the backbone from ImageNet
     max_val_tiles: int = 0  # score on at most so many tiles, evenly spread over the split; 0: all
@@ -169,22 +169,21 @@ LOG_EVERY = 10  # iterations between looks at the loss, which make a GPU wait
 
 def fit(
     trainer: Trainer,  # fresh, or with a state loaded
-    tiles: Sequence[Tile],
-    channels: str,  # a key of `CHANNELS`
-    n_classes: int,  # background included
+    feed: Feed,
     state: Path,  # where the state is kept
     title: str = "",  # stands before the progress bar
 ) -> None:
     "Train to the end of the recipe."
     recipe = trainer.recipe
-    stream = SampleStream(tiles, trainer.seed, recipe.crop, recipe.is_turned)
-    loader = training_loader(stream, recipe.batch_size, trainer.iteration, recipe.iterations)
+    stream = SampleStream(feed.tiles, trainer.seed, recipe.crop, recipe.augmentation, feed.weights)
+    prepare = feed.prepare(trainer.accelerator.device)
+    loader = training_loader(stream, recipe.batch_size, trainer.iteration, recipe.iterations, prepare)
     bar = tqdm(total=recipe.iterations, initial=trainer.iteration, desc=title, unit="it", leave=False, dynamic_ncols=True)
     trainer.model.train()
-    for samples in loader:
-        row = trainer.step(make_batch(samples, channels, n_classes, trainer.accelerator.device))
+    for batch in loader:
+        row = trainer.step(batch)
         if trainer.iteration % LOG_EVERY == 0 or trainer.iteration == recipe.iterations:
-            check_finite(trainer, row, [tiles[int(k)].name for k in samples.index])
+            check_finite(trainer, row, [feed.tiles[int(k)].name for k in batch.index])
             bar.set_postfix(loss=f"{row[1]:.3f}", lr=f"{row[0]:.2g}", refresh=False)
         if trainer.iteration % SAVE_EVERY == 0:
             save_state(trainer, state)
@@ -204,17 +203,14 @@ def check_finite(trainer: Trainer, row: Tensor, names: list[str]) -> None:
 @torch.no_grad()
 def score(
     model: nn.Module,
-    tiles: Sequence[Tile],
-    channels: str,  # a key of `CHANNELS`
-    n_classes: int,  # background included
+    feed: Feed,
     accelerator: Accelerator,
 ) -> dict[str, dict]:  # metric → `iou` a class (None: absent), `mean`, `floor`
     "Score a model on whole tiles by both metrics."
-    metrics = {name: kind(n_classes).to(accelerator.device) for name, kind in METRICS.items()}
-    floors = {name: kind(n_classes).to(accelerator.device) for name, kind in METRICS.items()}
+    metrics = {name: kind(feed.n_classes).to(accelerator.device) for name, kind in METRICS.items()}
+    floors = {name: kind(feed.n_classes).to(accelerator.device) for name, kind in METRICS.items()}
     model.eval()
-    for samples in scoring_loader(tiles):
-        batch = make_batch(samples, channels, n_classes, accelerator.device)
+    for batch in scoring_loader(feed.tiles, prepare=feed.prepare(accelerator.device)):
         with accelerator.autocast():
             logits = model(batch.x.contiguous(memory_format=torch.channels_last))
         for name in METRICS:

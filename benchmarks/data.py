@@ -8,6 +8,7 @@ turned, normalised float32 batches of 8 with one mask a class; each is run once 
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -18,7 +19,7 @@ from PIL import Image
 from timing import set_up
 from torch.utils.data import DataLoader, Dataset
 
-from agrivision_repro.batches import IMAGENET_MEAN, IMAGENET_STD, SampleStream, make_batch, training_loader
+from agrivision_repro.batches import IMAGENET, SampleStream, make_batch, training_loader
 from agrivision_repro.data import Tiles, open_tiles
 from agrivision_repro.pack import pack_split
 from agrivision_repro.synthetic import Farmland, write_farmland
@@ -32,7 +33,7 @@ class PlainDataset(Dataset):
 
     def __init__(self, tiles: Tiles):
         self.tiles = tiles
-        self.mean, self.std = (np.array(s, np.float32)[:, None, None] for s in (IMAGENET_MEAN, IMAGENET_STD))
+        self.mean, self.std = (np.array(s, np.float32)[:, None, None] for s in IMAGENET)
 
     def __len__(self) -> int:
         return len(self.tiles.names)
@@ -57,8 +58,9 @@ def plain_epoch(tiles: Tiles) -> int:
 
 def our_epoch(tiles, epoch: int) -> int:
     n_batches = len(tiles) // BATCH
-    loader = training_loader(SampleStream(tiles), BATCH, epoch * n_batches, (epoch + 1) * n_batches)
-    return sum(len(make_batch(samples, "rgbn", len(tiles.classes)).x) for samples in loader)
+    prepare = partial(make_batch, channels="rgbn", n_classes=len(tiles.classes))
+    loader = training_loader(SampleStream(tiles), BATCH, epoch * n_batches, (epoch + 1) * n_batches, prepare)
+    return sum(len(batch.x) for batch in loader)
 
 
 if __name__ == "__main__":
