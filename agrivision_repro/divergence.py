@@ -117,8 +117,11 @@ def sample_moments(
     left_out = None if valid is None else ~valid.flatten(1)[:, None]
     first = rows[..., 0].double()
     total, square = torch.zeros_like(first), torch.zeros_like(first)
+    space = None
     for samples, pixels in chunks(rows):
-        part = rows[samples, :, pixels].to(torch.float64, copy=True).sub_(first[samples, :, None])
+        piece = rows[samples, :, pixels]
+        space = torch.empty_like(piece, dtype=torch.float64) if space is None else space  # memory that is used again stays in the cache
+        part = space[: len(piece), :, : piece.shape[2]].copy_(piece).sub_(first[samples, :, None])
         if left_out is not None:
             part.masked_fill_(left_out[samples, :, pixels], 0.0)
         total[samples] += part.sum(2)
@@ -452,11 +455,11 @@ def split_floor(
     seed: int = 0,
     eps: float = 0.0,
 ) -> float:
-    "Average the divergence of random halves of one stream; NaN below four samples."
+    "Give the median divergence of random halves of one stream; NaN below four samples."
     generator = torch.Generator().manual_seed(seed)
     ranks = torch.rand(n_splits, len(a), generator=generator).argsort(1).argsort(1)
     first, second = (ranks < len(a) // 2).float(), (ranks >= len(a) // 2).float()
-    return compare_resampled(a, a, first, second, eps).nanmean().item() if len(a) > 3 else float("nan")
+    return compare_resampled(a, a, first, second, eps).nanmedian().item() if len(a) > 3 else float("nan")
 
 # %% ../nbs/40_divergence.ipynb #cell-41
 def compare(
@@ -518,8 +521,10 @@ CURVE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 
 def stage_of(layer: str) -> str:
     "Name the stage that a layer belongs to: `layer3` of `backbone.layer3.5`, `stem` of `act1`."
-    parts = re.split(r"\.(?=\d)", layer, maxsplit=1)
-    return parts[0].rsplit(".", 1)[-1] if len(parts) > 1 else "stem" if parts[0].rsplit(".", 1)[-1] in ("act1", "relu") else parts[0]
+    if layer.rsplit(".", 1)[-1] in ("act1", "relu") and not re.search(r"\d\.", layer):
+        return "stem"
+    stage = re.sub(r"(\.blocks)?\.\d+(\.\D[^.]*)*$", "", layer)
+    return re.search(r"([^.]+\.)?[^.]+$" if stage[-1:].isdigit() and "." in stage[-3:] else r"[^.]+$", stage)[0]
 
 
 def mark_stages(ax, layers: Sequence[str]) -> None:
@@ -530,7 +535,8 @@ def mark_stages(ax, layers: Sequence[str]) -> None:
         return
     for start, end in zip(starts, [*starts[1:], len(stages)], strict=True):
         ax.axvline(start - 0.5, color="0.8", linewidth=0.8, zorder=0)
-        ax.text((start + end - 1) / 2, 1.01, stages[start], transform=ax.get_xaxis_transform(), ha="center", fontsize=7, color="0.4")
+        x, side = (start + 0.3, "right") if end - start == 1 < len(stages) / 12 else ((start + end - 1) / 2, "center")
+        ax.text(x, 1.01, stages[start], transform=ax.get_xaxis_transform(), ha=side, fontsize=7, color="0.4")
 
 
 def draw_curve(ax, label: str, table: pd.DataFrame, color: str) -> None:
