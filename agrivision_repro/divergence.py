@@ -20,11 +20,11 @@ from torch.nn.functional import interpolate
 
 # %% auto #0
 __all__ = ['CPU_CHUNK', 'GPU_CHUNK', 'Layers', 'CURVE_COLORS', 'symmetric_kl', 'batch_mean', 'group_size', 'Moments', 'merge',
-           'extend', 'chunks', 'sample_moments', 'PixelStream', 'MeanStream', 'open_stream', 'find_relu_layers',
-           'resolve_layers', 'EnoughError', 'LayerReader', 'fit_valid', 'split_batch', 'Measured', 'measure',
-           'check_evaluates', 'over_processes', 'average_alive', 'check_pair', 'resampled_moments', 'draw_weights',
-           'compare_resampled', 'bootstrap', 'split_floor', 'compare', 'add_trust', 'divergence', 'stage_of',
-           'mark_stages', 'draw_curve', 'draw_divergence']
+           'extend', 'chunks', 'first_pixel', 'sample_moments', 'PixelStream', 'MeanStream', 'open_stream',
+           'find_relu_layers', 'resolve_layers', 'EnoughError', 'LayerReader', 'fit_valid', 'split_batch', 'Measured',
+           'measure', 'check_evaluates', 'over_processes', 'average_alive', 'check_pair', 'resampled_moments',
+           'draw_weights', 'compare_resampled', 'bootstrap', 'split_floor', 'compare', 'add_trust', 'divergence',
+           'stage_of', 'mark_stages', 'draw_curve', 'draw_divergence']
 
 # %% ../nbs/40_divergence.ipynb #cell-05
 def symmetric_kl(
@@ -108,6 +108,17 @@ def chunks(
             yield slice(first, first + n_together), slice(start, start + band)
 
 
+def first_pixel(
+    rows: Tensor,  # `(B, C, P)`
+    left_out: Tensor | None,  # `(B, 1, P)` bool
+) -> Tensor:  # `(B, C)`
+    "Give each sample's first pixel that counts."
+    if left_out is None:
+        return rows[..., 0]
+    places = left_out.byte().argmin(2, keepdim=True)
+    return rows.gather(2, places.expand(-1, rows.shape[1], -1))[..., 0]
+
+
 def sample_moments(
     x: Tensor,  # activation, `(B, C, …)` of any floating dtype and memory layout
     valid: Tensor | None = None,  # positions that count, `(B, …)` bool
@@ -115,7 +126,7 @@ def sample_moments(
     "Take the moments of each sample and channel over positions, in float64."
     rows = x.flatten(2) if x.ndim > 2 else x[..., None]
     left_out = None if valid is None else ~valid.flatten(1)[:, None]
-    first = rows[..., 0].double()
+    first = first_pixel(rows, left_out).double()
     total, square = torch.zeros_like(first), torch.zeros_like(first)
     space = None
     for samples, pixels in chunks(rows):
@@ -340,7 +351,8 @@ def measure(
         for x, valid in map(split_batch, batches):
             found.n_channels = found.n_channels or x.shape[1]
             if x.shape[1] != found.n_channels:
-                raise ValueError(f"inputs have {found.n_channels} channels, then {x.shape[1]}: both streams must have as many as the model takes")
+                channels = f"{found.n_channels} channels, then {x.shape[1]}"
+                raise ValueError(f"inputs have {channels}: both streams must have as many as the model takes")
             moments = reader(x.to(device), None if valid is None else valid.to(device or x.device))
             found.n_samples += len(x)
             for stream in streams.values():
@@ -395,15 +407,12 @@ def check_pair(a: Measured, b: Measured) -> None:
     if list(a.layers.items()) != list(b.layers.items()) and a.n_samples and b.n_samples:
         raise ValueError(f"layers differ, {', '.join(a.layers)} and {', '.join(b.layers)}: measure both streams at the same layers")
     for name, side in (("a", a), ("b", b)):
+        came = f"batches_{name} gave {side.n_samples} samples"
         if side.n_samples < 2:
-            raise ValueError(
-                f"batches_{name} gave {side.n_samples} samples: a variance wants 2 or more (an iterator can be read only once: give each stream its own)"
-            )
+            raise ValueError(f"{came}: a variance wants 2 or more (an iterator can be read only once: give each stream its own)")
         for estimator, moments in side.moments.items():
             if (n := int(moments.count.min())) < 2:
-                raise ValueError(
-                    f"batches_{name} gave {n} values for {estimator} from {side.n_samples} samples: wanted 2 or more, so give more samples or valid pixels"
-                )
+                raise ValueError(f"{came} and so {n} values for {estimator}: wanted 2 or more, so give more samples or valid pixels")
 
 # %% ../nbs/40_divergence.ipynb #cell-37
 def resampled_moments(
@@ -427,7 +436,8 @@ def draw_weights(n_resamples: int, n_samples: int, generator: torch.Generator) -
 
 def compare_resampled(a: Tensor, b: Tensor, weights_a: Tensor, weights_b: Tensor, eps: float = 0.0) -> Tensor:  # `(R,)`
     "Divergence of each pair of resamples; a channel that has lost its variance in one is dead there."
-    limits = [torch.clamp(1e-9 * torch.from_numpy(np.nanvar(x.numpy(), 0)).double(), min=eps) for x in (a, b)]
+    whole = [resampled_moments(x, torch.ones(1, len(x)))[1] for x in (a, b)]
+    limits = [(1e-9 * var).clamp(min=eps) for var in whole]
     return average_alive(*resampled_moments(a, weights_a), *resampled_moments(b, weights_b), *limits)[0]
 
 
@@ -554,7 +564,8 @@ def draw_divergence(
     "Draw divergence against depth, a panel beside another."
     if not panels or not all(panels.values()):
         raise ValueError("draw_divergence got nothing to draw: pass {title: {label: table}}")
-    fig, axes = plt.subplots(1, len(panels), squeeze=False, sharey=True, layout="constrained", figsize=(1.5 + 4.7 * len(panels), 3.3), dpi=100)
+    size = (1.5 + 4.7 * len(panels), 3.3)  # inches
+    fig, axes = plt.subplots(1, len(panels), squeeze=False, sharey=True, layout="constrained", figsize=size, dpi=100)
     for ax, (title, curves) in zip(axes[0], panels.items(), strict=True):
         for k, (label, table) in enumerate(curves.items()):
             if table.estimator.nunique() != 1:
