@@ -361,7 +361,7 @@ def test_interval_and_floor():
 
 
 def test_resample_that_loses_a_channel():
-    "A channel that fires in one sample of ten is dead in a third of the resamples, not infinite."
+    "A channel that fires in one sample of ten is dead in a third of the resamples (0.9¹⁰), not infinite."
     a, b = (torch.randn(10, 4, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
     a[1:, 0] = 0
     value = symmetric_kl(a.mean(0), a.var(0), b.mean(0), b.var(0)).mean().item()

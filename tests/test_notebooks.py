@@ -32,6 +32,12 @@ def test_table_notebook_has_one_parameters_cell(path):
     assert len(notebook.cells) <= 8
 
 
+@pytest.mark.parametrize("path", HOWTO_NOTEBOOKS, ids=stem)
+def test_howto_takes_parameters_that_it_explains(path):
+    parameters = papermill.inspect_notebook(str(path))
+    assert parameters and all(p["inferred_type_name"] != "None" and len(p["help"]) > 10 for p in parameters.values())
+
+
 @pytest.mark.parametrize("path", TABLE_NOTEBOOKS, ids=stem)
 def test_parameters_are_typed_explained_and_known(path):
     from agrivision_repro.tables import TABLES, known_parameters
