@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+import segmentation_models_pytorch
 import timm
 import torch
 import torchvision
@@ -242,6 +243,20 @@ def test_torchvision_equals_timm():
     assert find_relu_layers(parts) == find_relu_layers(theirs)
     with pytest.raises(ValueError, match="layer layer1.0.relu runs more than once a pass: name the module that holds it"):
         divergence(theirs, [a], [b], r".*relu")
+
+
+def test_resnet_inside_models_of_other_libraries():
+    models = {
+        "act1": timm.create_model("resnet50", features_only=True),
+        "encoder.relu": segmentation_models_pytorch.Unet("resnet50", encoder_weights=None),
+        "encoder.model.act1": segmentation_models_pytorch.Unet("tu-resnet50", encoder_weights=None),
+        "backbone.relu": torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None),
+    }
+    for stem, model in models.items():
+        x = torch.randn(2, 3, 32, 32)
+        table = divergence(model.eval(), [x], [x])
+        assert (len(table), table.layer[0]) == (17, stem)
+        assert table.divergence.dropna().abs().max() < 1e-9
 
 
 @pytest.mark.parametrize(
