@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 MODULES = sorted((ROOT / "nbs").glob("*.ipynb"))
+HOWTO_NOTEBOOKS = sorted((ROOT / "nbs" / "howto").glob("*.ipynb"))
 TABLE_NOTEBOOKS = sorted((ROOT / "nbs" / "tables").glob("*.ipynb"))
 
 
@@ -29,6 +30,12 @@ def test_table_notebook_has_one_parameters_cell(path):
     assert len(tagged) == 1 and tagged[0].cell_type == "code"
     assert notebook.metadata.kernelspec.name == "python3"
     assert len(notebook.cells) <= 8
+
+
+@pytest.mark.parametrize("path", HOWTO_NOTEBOOKS, ids=stem)
+def test_howto_takes_parameters_that_it_explains(path):
+    parameters = papermill.inspect_notebook(str(path))
+    assert parameters and all(p["inferred_type_name"] != "None" and len(p["help"]) > 10 for p in parameters.values())
 
 
 @pytest.mark.parametrize("path", TABLE_NOTEBOOKS, ids=stem)
@@ -76,7 +83,7 @@ def test_results_land_in_one_place_from_any_folder(tmp_path):
     assert places == {f"{ROOT / 'out'}\n"}
 
 
-@pytest.mark.parametrize("path", MODULES + TABLE_NOTEBOOKS, ids=stem)
+@pytest.mark.parametrize("path", MODULES + TABLE_NOTEBOOKS + HOWTO_NOTEBOOKS, ids=stem)
 def test_notebook_is_small_and_shows_its_outputs(path):
     notebook = nbformat.read(path, as_version=4)
     code = [c for c in notebook.cells if c.cell_type == "code"]
@@ -85,7 +92,7 @@ def test_notebook_is_small_and_shows_its_outputs(path):
     assert not any("skip_exec" in c.source or "eval: false" in c.source for c in notebook.cells)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=stem)
+@pytest.mark.parametrize("path", MODULES + HOWTO_NOTEBOOKS, ids=stem)
 def test_cells_are_short(path):
     "At most 25 lines, but for one class or table of constants a cell."
     for cell in nbformat.read(path, as_version=4).cells:

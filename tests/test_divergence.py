@@ -1,0 +1,399 @@
+"The divergence is the authors' numbers, whatever the batches, processes, layout and model; and says what is wrong with its input."
+
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import segmentation_models_pytorch
+import timm
+import torch
+import torchvision
+from authors import GOLDEN
+from processes import in_two_processes
+from torch import nn
+
+from agrivision_repro import divergence as module
+from agrivision_repro.backbones import NORMS, create_backbone, last_activation
+from agrivision_repro.deeplab import DeepLabV3Plus
+from agrivision_repro.divergence import (
+    LayerReader,
+    batch_mean,
+    bootstrap,
+    compare,
+    divergence,
+    draw_divergence,
+    find_relu_layers,
+    measure,
+    sample_moments,
+    split_floor,
+    symmetric_kl,
+)
+
+ARRAYS = np.load(GOLDEN / "divergence.npz")
+ESTIMATORS = ("sample", "pixel", batch_mean(4))
+
+
+def small_network(seed: int = 0) -> nn.Sequential:
+    "Random weights in float64; the last block's ReLU has channels that seldom fire."
+    torch.manual_seed(seed)
+    first = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU(inplace=True))
+    return nn.Sequential(first, nn.Conv2d(6, 9, 3), nn.ReLU(inplace=True), nn.Conv2d(9, 4, 1)).double().eval()
+
+
+LAYERS = ["0", "2"]
+
+
+def streams(n_a: int = 13, n_b: int = 11, size: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    a, b = (torch.randn(n, 3, size, size + 3, dtype=torch.float64, generator=generator) for n in (n_a, n_b))
+    return a + torch.randn(n_a, 3, 1, 1, dtype=torch.float64, generator=generator), 1.3 * b + 0.4
+
+
+def values_of(activation: torch.Tensor, estimator: str) -> torch.Tensor:  # `(values, C)`
+    "The values whose variance an estimator takes, from an activation that is kept whole."
+    if estimator == "pixel":
+        return activation.movedim(1, -1).flatten(0, -2)
+    n = 1 if estimator == "sample" else int(re.search(r"\d+", estimator)[0])
+    return torch.stack([part.mean((0, 2, 3)) for part in activation.split(n)])
+
+
+def brute_force(a: torch.Tensor, b: torch.Tensor, estimator: str) -> tuple[float, int]:
+    "Divergence of two activations that are kept whole, and dead channels, in NumPy."
+    (mean_a, var_a), (mean_b, var_b) = ((v.mean(0), v.var(0, ddof=1)) for v in (values_of(x, estimator).numpy() for x in (a, b)))
+    alive = (var_a > 0) & (var_b > 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        forth = np.log(np.sqrt(var_b / var_a)) + (var_a + (mean_a - mean_b) ** 2) / (2 * var_b) - 0.5
+        back = np.log(np.sqrt(var_a / var_b)) + (var_b + (mean_a - mean_b) ** 2) / (2 * var_a) - 0.5
+    return (forth + back)[alive].mean(), int((~alive).sum())
+
+
+def activations(model: nn.Module, x: torch.Tensor, layers: list[str]) -> dict[str, torch.Tensor]:
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep(name: str):
+        return lambda _module, _inputs, out: kept.__setitem__(name, out.clone())
+
+    hooks = [model.get_submodule(name).register_forward_hook(keep(name)) for name in layers]
+    with torch.no_grad():
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    return kept
+
+
+@pytest.mark.parametrize("size", [1, 3, 13])
+@pytest.mark.parametrize(("estimator", "key"), [("sample", "sample"), ("pixel", "pixel"), ("batch_mean(4)", "4")])
+def test_golden(estimator, key, size):
+    "Features go through a model that does nothing, in batches of several sizes."
+    model = nn.Sequential(nn.Identity()).eval()
+    a, b = (measure(model, torch.from_numpy(ARRAYS[f"div-{s}"]).split(size), ["0"], (estimator,)).moments[estimator] for s in "ab")
+    np.testing.assert_allclose(a.mean, ARRAYS[f"div-{key}-mean_a"], rtol=1e-9)
+    np.testing.assert_allclose(a.var, ARRAYS[f"div-{key}-var_a"], rtol=1e-9)
+    np.testing.assert_allclose(symmetric_kl(a.mean, a.var, b.mean, b.var), ARRAYS[f"div-{key}-d"], rtol=1e-9)
+    assert a.var[3] == 0  # dead in A: the authors' script would divide by it
+
+
+def test_golden_layer():
+    "Eq. 3 over the four living channels."
+    model = nn.Sequential(nn.Identity()).eval()
+    a, b = (torch.from_numpy(ARRAYS[f"div-{s}"]).split(5) for s in "ab")
+    table = divergence(model, a, b, ["0"], ESTIMATORS)
+    for estimator, key in zip(ESTIMATORS, ("sample", "pixel", "4"), strict=True):
+        row = table[table.estimator == estimator].iloc[0]
+        assert (row.dead, row.channels) == (1, 5)
+        np.testing.assert_allclose(row.divergence, np.delete(ARRAYS[f"div-{key}-d"], 3).mean(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 5), (4, 3), (13, 11)])
+def test_stream_equals_brute_force(sizes):
+    "All activations kept, all samples in one batch, is the truth; the stream may be cut anyhow."
+    model, (a, b) = small_network(), streams()
+    table = divergence(model, a.split(sizes[0]), b.split(sizes[1]), LAYERS, ESTIMATORS).set_index(["estimator", "layer"])
+    kept = [activations(model, x, LAYERS) for x in (a, b)]
+    for estimator in ESTIMATORS:
+        for layer in LAYERS:
+            wanted, dead = brute_force(kept[0][layer], kept[1][layer], estimator)
+            np.testing.assert_allclose(table.loc[(estimator, layer), "divergence"], wanted, rtol=1e-9)
+            assert table.loc[(estimator, layer), "dead"] == dead
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 5, 17, 19), (2, 300, 40, 41), (2, 4, 1, 1)])
+def test_moments_are_exact_in_any_layout(shape, dtype, layout, monkeypatch):
+    "Sums are float64 even for halves; an offset costs nothing; the activation is left as it was; pieces of every size."
+    x = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) + 50).to(dtype).to(memory_format=layout)
+    before = x.clone()
+    for chunk in (1, 1000, 2**18):
+        monkeypatch.setattr(module, "CPU_CHUNK", chunk if x.numel() < 10_000 or chunk > 1 else 7000)
+        got = sample_moments(x)
+        wide = x.double()
+        torch.testing.assert_close(got.mean, wide.mean((2, 3)), rtol=1e-12, atol=0)
+        torch.testing.assert_close(got.m2, wide.var((2, 3), correction=0) * shape[2] * shape[3], rtol=1e-9, atol=1e-9)
+    assert torch.equal(x, before)
+
+
+def test_constant_channel_is_exactly_dead():
+    "0.1 has no exact float: sums of it must not leave a trace of variance, whatever the number of pixels and samples."
+    model = nn.Sequential(nn.Identity()).eval()
+    x = torch.full((7, 2, 9, 11), 0.1)
+    x[:, 1] = torch.randn(7, 9, 11)
+    for estimator in ("sample", "pixel", batch_mean(2), batch_mean(3)):
+        table = divergence(model, x.split(3), x.flip(0).split(2), ["0"], estimator)
+        assert table.dead[0] == 1
+        assert np.isfinite(table.divergence[0])
+
+
+def test_dead_channels_matter():
+    "Dead in A, in B, and in both; a whisper of variance decides unless eps calls it dead."
+    model = nn.Sequential(nn.Identity()).eval()
+    a, b = (torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
+    a[:, 0] = 0
+    b[:, 1] = 0
+    a[:, 3] *= 1e-4
+    plain = divergence(model, [a], [b], ["0"]).iloc[0]
+    strict = divergence(model, [a], [b], ["0"], eps=1e-6).iloc[0]
+    assert (plain.dead, strict.dead) == (2, 3)
+    assert plain.divergence > 1e5 > 100 > strict.divergence
+    silent = divergence(model, [a * 0], [b], ["0"]).iloc[0]
+    assert silent.dead == 4 and np.isnan(silent.divergence)
+
+
+def test_masked_pixels_do_not_count():
+    "What lies outside may hold anything; a sample without a valid pixel is no sample."
+    model = nn.Sequential(nn.Identity()).eval()
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(5, 3, 6, 8, dtype=torch.float64, generator=generator)
+    valid = torch.rand(5, 6, 8, generator=generator) < 0.6
+    valid[3] = False
+    spoilt = torch.where(valid[:, None], x, 1e6)
+    found = measure(model, zip(spoilt.split(2), valid.split(2), strict=True), ["0"], ("sample", "pixel", batch_mean(2)), keep_samples=True)
+    inside = [x[k][:, valid[k]] for k in (0, 1, 2, 4)]
+    means = torch.stack([v.mean(1) for v in inside])
+    pairs = torch.stack([torch.cat(inside[:2], 1).mean(1), inside[2].mean(1), inside[3].mean(1)])
+    for estimator, values in (("sample", means), ("pixel", torch.cat(inside, 1).T), (batch_mean(2), pairs)):
+        moments = found.moments[estimator]
+        torch.testing.assert_close(moments.mean, values.mean(0), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(moments.var, values.var(0), rtol=1e-9, atol=1e-9)
+    assert torch.cat(found.sample_means)[3].isnan().all() and torch.cat(found.sample_means)[[0, 1, 2, 4]].isfinite().all()
+    full = [(x, torch.ones(5, 6, 8, dtype=torch.bool))]
+    torch.testing.assert_close(measure(model, full, ["0"]).moments["sample"], measure(model, [x], ["0"]).moments["sample"])
+
+
+def test_mask_follows_the_stride():
+    "A left half that is invalid leaves the right half of a layer at half the resolution."
+    model = nn.Sequential(nn.AvgPool2d(2)).eval()
+    x = torch.randn(4, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    valid = torch.zeros(4, 8, 8, dtype=torch.bool)
+    valid[..., 4:] = True
+    got = measure(model, [(x, valid)], ["0"], ("pixel",)).moments["pixel"]
+    wanted = model(x)[..., 2:].movedim(1, -1).flatten(0, -2)
+    torch.testing.assert_close(got.var, wanted.var(0), rtol=1e-12, atol=0)
+
+
+def read_share(rank: int, shares: list, keep: bool) -> dict:
+    batches_a, batches_b = ([x for x in stream[rank] if len(x)] for stream in shares)
+    a, b = (measure(small_network(), batches, LAYERS, ESTIMATORS, keep) for batches in (batches_a, batches_b))
+    return {"moments": {e: tuple(m) for e, m in a.moments.items()}, "table": compare(a, b, n_resamples=20).to_dict("list")}
+
+
+@pytest.mark.parametrize("cut", [8, 0])
+def test_two_processes_are_one(tmp_path, cut):
+    "Shares of unequal size, whole groups of the batch_mean each; one process may have nothing."
+    a, b = streams()
+    shares = [[list(x[:cut].split(3)), list(x[cut:].split(3))] for x in (a, b)]
+    alone = [measure(small_network(), x.split(5), LAYERS, ESTIMATORS, True) for x in (a, b)]
+    first, second = in_two_processes(read_share, tmp_path, shares, True)
+    pd.testing.assert_frame_equal(*(pd.DataFrame(part["table"]) for part in (first, second)), check_exact=True)
+    for estimator, moments in alone[0].moments.items():
+        torch.testing.assert_close(first["moments"][estimator], tuple(moments), rtol=1e-9, atol=1e-12)
+    wanted = compare(*alone, n_resamples=20)
+    for column in ("divergence", "low", "high", "floor"):
+        np.testing.assert_allclose(first["table"][column], wanted[column], rtol=1e-6)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("depth", [18, 50, 101])
+def test_relu_layers_of_our_models(depth, norm):
+    "Stem and block outputs are what the stem's and each block's last activation give."
+    model = DeepLabV3Plus(3, depth, norm, 3, width=1 / 16).eval()
+    layers = find_relu_layers(model)
+    assert len(layers) == {18: 9, 50: 17, 101: 34}[depth]
+    assert layers[0] == "backbone.act1" and layers[-1].startswith("backbone.layer4.")
+    if depth == 101:
+        return
+    blocks = [model.get_submodule(name) for name in layers[1:]]
+    last = layers[:1] + [f"{name}.{last_activation(block)}" for name, block in zip(layers[1:], blocks, strict=True)]
+    kept = activations(model, torch.randn(1, 3, 64, 64), layers + last)
+    for block, activation in zip(layers, last, strict=True):
+        assert torch.equal(kept[block], kept[activation]) and kept[block].min() >= 0
+
+
+def test_torchvision_equals_timm():
+    "A block of torchvision calls one ReLU three times; the same weights in timm give the same table."
+    torch.manual_seed(0)
+    theirs, ours = torchvision.models.resnet50(width_per_group=4).eval(), timm.create_model("resnet50", base_width=4).eval()
+    ours.load_state_dict(theirs.state_dict())
+    a, b = (torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(k)) + k for k in (0, 1))
+    tables = [divergence(model, a.split(3), b.split(2), estimator=("sample", "pixel")) for model in (theirs, ours)]
+    assert [len(t) for t in tables] == [34, 34] and tables[0].layer[0] == "relu"
+    np.testing.assert_allclose(tables[0].divergence, tables[1].divergence, rtol=1e-9)
+    parts = torchvision.models._utils.IntermediateLayerGetter(theirs, {"layer4": "out"})
+    assert find_relu_layers(parts) == find_relu_layers(theirs)
+    with pytest.raises(ValueError, match="layer layer1.0.relu runs more than once a pass: name the module that holds it"):
+        divergence(theirs, [a], [b], r".*relu")
+
+
+def test_resnet_inside_models_of_other_libraries():
+    models = {
+        "act1": timm.create_model("resnet50", features_only=True),
+        "encoder.relu": segmentation_models_pytorch.Unet("resnet50", encoder_weights=None),
+        "encoder.model.act1": segmentation_models_pytorch.Unet("tu-resnet50", encoder_weights=None),
+        "backbone.relu": torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None),
+    }
+    for stem, model in models.items():
+        x = torch.randn(2, 3, 32, 32)
+        table = divergence(model.eval(), [x], [x])
+        assert (len(table), table.layer[0]) == (17, stem)
+        assert table.divergence.dropna().abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("mobilenetv3_small_050", r"blocks\.\d+\.\d+"), ("convnext_atto", lambda name, m: type(m).__name__ == "ConvNeXtBlock")],
+)
+def test_models_of_other_kinds(name, layers):
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    a, b = (torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
+    table = divergence(model, a.split(2), [b], layers)
+    assert table.depth.tolist() == list(range(len(table))) and len(table) > 8
+    assert (table.divergence > 0).all()
+    kept = [activations(model, x, table.layer.tolist()) for x in (a, b)]
+    wanted = [brute_force(*(k[layer].double() for k in kept), "sample")[0] for layer in table.layer]
+    np.testing.assert_allclose(table.divergence, wanted, rtol=1e-3)  # a batch of 2 and one of 3 run other float32 kernels
+
+
+def test_tokens_have_their_channels_last():
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, num_heads=3, depth=2).eval()
+    a, b = (torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
+    table = divergence(model, [a], [b], r"blocks\.\d", channel_dim=-1)
+    kept = [activations(model, x, ["blocks.1"])["blocks.1"].double() for x in (a, b)]
+    assert table.channels.tolist() == [24, 24]
+    np.testing.assert_allclose(table.divergence[1], brute_force(*(k.movedim(-1, 1)[..., None] for k in kept), "sample")[0], rtol=1e-9)
+
+
+def test_network_runs_no_further_than_asked():
+    "From the second batch on; hooks go when reading ends, also by an error."
+    model, (a, b) = small_network(), streams(6, 6)
+    runs = []
+    model[3].register_forward_hook(lambda *_: runs.append(1))
+    divergence(model, a.split(2), b.split(2), ["2"])
+    assert len(runs) == 2  # the first batch of each stream
+    with pytest.raises(ValueError, match="finite"):
+        divergence(model, [a / 0], [b], ["2"])
+    with pytest.raises(RuntimeError), LayerReader(model, ["0"]) as reader:
+        reader(a[:, :2])
+    assert not any(model.get_submodule(name)._forward_hooks for name in ("0", "2"))
+
+
+class Odd(nn.Module):
+    "A layer that gives two tensors, and one that never runs."
+
+    def __init__(self):
+        super().__init__()
+        self.pair, self.idle, self.flat = nn.LSTM(4, 4), nn.ReLU(), nn.Flatten(0)
+
+    def forward(self, x):
+        self.flat(x)
+        return self.pair(x.flatten(1)[..., :4])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"layers": ["0.3"]}, r"no layer of the model matches 0\.3: wanted module names such as 0\."),
+        ({"layers": "nothing.*"}, r"matches nothing\.\*"),
+        ({"layers": []}, "matches an empty list"),
+        ({"layers": None}, "Sequential holds no ResNet .* name its layers, its parts are 0, 1, 2, 3"),
+        ({"batches_b": [torch.randn(4, 4, 20, 20).double()]}, "inputs have 3 channels, then 4: both streams must have as many"),
+        ({"batches_a": [torch.randn(1, 3, 20, 20).double()]}, "batches_a gave 1 samples: a variance wants 2 or more"),
+        ({"batches_b": iter([])}, "batches_b gave 0 samples.*an iterator can be read only once"),
+        ({"estimator": batch_mean(8)}, r"batches_a gave 6 samples and so 1 values for batch_mean\(8\): wanted 2 or more"),
+        ({"estimator": "batch"}, r"estimator is 'batch': wanted sample, pixel or batch_mean\(n\)"),
+        ({"estimator": "pixel", "n_resamples": 5}, "n_resamples wants sample among them"),
+        ({"batches_b": [torch.randn(4, 3, 20, 20).double()], "n_resamples": 5, "is_paired": True}, "6 and 4 samples are no pairs"),
+        ({"batches_a": [torch.full((2, 3, 20, 20), torch.inf).double()]}, "layer 0 gives values that are not finite"),
+        (
+            {"batches_a": [(torch.randn(2, 3, 20, 20).double(), torch.tensor([1, 0]))]},
+            r"a batch holds torch.int64 \(2,\): wanted x, or \(x, valid\)",
+        ),
+    ],
+)
+def test_bad_input(arguments, says):
+    a, b = streams(6, 6)
+    given = {"batches_a": [a], "batches_b": [b], "layers": LAYERS} | arguments
+    with pytest.raises(ValueError, match=says):
+        divergence(small_network(), **given)
+
+
+def test_bad_layers():
+    x = torch.randn(3, 1, 2, 2)
+    for layer, says in (
+        ("pair", r"layer pair gives a tuple: wanted one floating tensor \(3, C, …\)"),
+        ("idle", "layer idle does not run in the model's forward pass"),
+        ("flat", r"layer flat gives torch.float32 \(12,\)"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(says) if "(" not in says else says):
+            divergence(Odd().eval(), [x], [x], [layer])
+    tokens = nn.Sequential(nn.Flatten(2)).eval()
+    with pytest.raises(ValueError, match=r"layer 0 gives positions of shape \(4,\): valid pixels fit"):
+        divergence(tokens, [(x, torch.ones(3, 2, 2, dtype=torch.bool))], [x], ["0"])
+
+
+def test_training_mode_is_refused():
+    a, b = streams(3, 3)
+    model = small_network()
+    model[0][1].train()
+    with pytest.raises(ValueError, match=r"0\.1 is in training mode.*call model\.eval\(\) first"):
+        divergence(model, [a], [b], LAYERS)
+
+
+def test_interval_and_floor():
+    "Equal streams lie at the floor, a shifted one above; pairs are surer; the same seed gives the same numbers."
+    generator = torch.Generator().manual_seed(0)
+    a, other, noise = (torch.randn(40, 32, generator=generator) for _ in range(3))
+    floor = split_floor(a)
+    assert 0.05 < floor < 0.3  # E[D] of two Gaussian samples of n is about 3/n in each direction: 2 · 3/20 at most
+    b = a + 1.0 + 0.1 * noise
+    value = symmetric_kl(a.mean(0), a.var(0), b.mean(0), b.var(0)).mean().item()
+    loose, tight = (bootstrap(a, b, value, 200, is_paired=p) for p in (False, True))
+    assert loose == bootstrap(a, b, value, 200) and loose[0] > floor
+    assert tight[1] - tight[0] < loose[1] - loose[0]
+    assert tight[0] < 1.0 < tight[1]  # two unit Gaussians one apart: (1 + 1)/2 + (1 + 1)/2 - 1
+
+
+def test_resample_that_loses_a_channel():
+    "A channel that fires in one sample of ten is dead in a third of the resamples (0.9¹⁰), not infinite."
+    a, b = (torch.randn(10, 4, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
+    a[1:, 0] = 0
+    value = symmetric_kl(a.mean(0), a.var(0), b.mean(0), b.var(0)).mean().item()
+    low, high = bootstrap(a, b, value, 200)
+    assert 0 < low < high < 1e3
+
+
+def test_picture_wants_one_estimator():
+    model, (a, b) = small_network(), streams(4, 4)
+    table = divergence(model, [a], [b], LAYERS, ("sample", "pixel"))
+    with pytest.raises(ValueError, match="both holds sample, pixel: pick the rows of one estimator"):
+        draw_divergence({"": {"both": table}})
+    with pytest.raises(ValueError, match="nothing to draw"):
+        draw_divergence({})
+    figure = draw_divergence({"": {"sample": table[table.estimator == "sample"]}})
+    assert figure.axes[0].get_ylabel() == "symmetric KL divergence"
+
+
+def test_backbone_of_the_paper_has_34_layers_and_17():
+    assert [len(find_relu_layers(create_backbone(depth, width=1 / 16))) for depth in (101, 50)] == [34, 17]
