@@ -16,9 +16,9 @@ from typing import Annotated
 import typer
 
 # %% auto #0
-__all__ = ['app', 'data_app', 'Root', 'DataName', 'Workers', 'AsJson', 'agrivision', 'read_value', 'read_parameters',
-           'run_notebook', 'choose_tables', 'reproduce', 'read_seeds', 'plan_table', 'check', 'stats', 'show', 'pack',
-           'unpack', 'main']
+__all__ = ['app', 'ScaleName', 'RunData', 'DataRoot', 'Out', 'Device', 'Precision', 'data_app', 'Root', 'DataName', 'Workers',
+           'AsJson', 'agrivision', 'read_value', 'read_parameters', 'run_notebook', 'choose_tables', 'reproduce',
+           'read_seeds', 'plan_table', 'check', 'stats', 'show', 'pack', 'unpack', 'main']
 
 # %% ../nbs/72_cli.ipynb #cell-05
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
@@ -91,15 +91,24 @@ def choose_tables(names: list[str]) -> list[str]:
     return list(dict.fromkeys(names)) or list(TABLES)
 
 # %% ../nbs/72_cli.ipynb #cell-12
+ScaleName = Annotated[str, typer.Option("--scale", help="smoke: seconds. laptop: minutes, two cores. paper: 25,000 iterations.")]
+RunData = Annotated[str, typer.Option("--data", help="synthetic, naip-trees, agrivision-{2020,2021,cvpr2020}, or classes:NAME,NAME,…")]
+DataRoot = Annotated[str, typer.Option(help="Folder of the data; not needed for synthetic.")]
+Out = Annotated[str, typer.Option(help="Folder of all results; finished trainings in it are kept.")]
+Device = Annotated[str, typer.Option(help="auto: a GPU if there is one. cpu.")]
+Precision = Annotated[str, typer.Option(help="auto: bf16 where the device has it, else float32. bf16. float32.")]
+
+# %% ../nbs/72_cli.ipynb #cell-13
 @app.command()
 def reproduce(
     tables: Annotated[list[str] | None, typer.Argument(help="Tables to make, in this order. None: all.")] = None,
-    scale: Annotated[str, typer.Option(help="smoke: seconds. laptop: minutes, two cores. paper: 25,000 iterations.")] = "laptop",
-    data: Annotated[str, typer.Option(help="synthetic, naip-trees, agrivision-{2020,2021,cvpr2020}, or classes:NAME,NAME,…")] = "synthetic",
-    data_root: Annotated[str, typer.Option(help="Folder of the data; not needed for synthetic.")] = "",
-    out: Annotated[str, typer.Option(help="Folder of all results; finished trainings in it are kept.")] = "out",
+    scale: ScaleName = "laptop",
+    data: RunData = "synthetic",
+    data_root: DataRoot = "",
+    out: Out = "out",
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas: one training of each kind a seed.")] = "0",
-    device: Annotated[str, typer.Option(help="auto: a GPU if there is one. cpu.")] = "auto",
+    device: Device = "auto",
+    precision: Precision = "auto",
     parameter: Annotated[list[str] | None, typer.Option("-p", help="NAME=VALUE: a further parameter of the notebooks.")] = None,
 ):
     "Train what the tables need, run their notebooks and write the report."
@@ -109,15 +118,15 @@ def reproduce(
     names = choose_tables(tables or [])
     common = {"scale": scale, "data": data, "seeds": read_seeds(seeds)}
     runs = {name: plan_table(name, common, parameter or []) for name in names}
-    workspace = Workspace(out, data_root, device)
+    workspace = Workspace(out, data_root, device, precision)
     results = workspace.results([run for table_runs, _ in runs.values() for run in table_runs])
     workspace.out.mkdir(parents=True, exist_ok=True)
-    places = {"data_root": str(workspace.data_root or ""), "out": str(workspace.out), "device": device}
+    places = {"data_root": str(workspace.data_root or ""), "out": str(workspace.out), "device": device, "precision": precision}
     for name, (_, parameters) in runs.items():
         run_notebook(name, parameters | places, workspace.out)
     print(f"report: {write_report(names, results, workspace.out)}")
 
-# %% ../nbs/72_cli.ipynb #cell-13
+# %% ../nbs/72_cli.ipynb #cell-14
 def read_seeds(text: str) -> list[int]:
     "Read `0,1,2`."
     try:
@@ -138,7 +147,7 @@ def plan_table(
     takes = inspect.signature(TABLES[name]).parameters
     return TABLES[name](**{k: v for k, v in parameters.items() if k in takes}), parameters
 
-# %% ../nbs/72_cli.ipynb #cell-15
+# %% ../nbs/72_cli.ipynb #cell-16
 data_app = typer.Typer(help="Unpack, check, describe, show and pack a data set.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 Root = Annotated[Path, typer.Argument(help="Folder of the data set.")]
@@ -212,7 +221,7 @@ def unpack(
 
     print(unpack_archive(archive, folder))
 
-# %% ../nbs/72_cli.ipynb #cell-18
+# %% ../nbs/72_cli.ipynb #cell-19
 def main() -> None:
     "Run the command; a user's mistake is one line on stderr and exit code 2 (set AGRIVISION_TRACEBACK for the whole story)."
     try:

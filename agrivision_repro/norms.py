@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 # %% auto #0
 __all__ = ['Pool', 'PARTS', 'PixelMoments', 'AffineMap', 'normalise', 'pool_moments', 'SumOverProcesses', 'pool_batch',
-           'InstanceBatchNorm2d', 'batch_moments', 'SwitchNorm2d', 'blend']
+           'InstanceBatchNorm2d', 'batch_moments', 'SwitchNorm2d', 'blend', 'SyncedBatchNorm2d', 'sync_norms']
 
 # %% ../nbs/20_norms.ipynb #cell-06
 class PixelMoments(Function):
@@ -219,3 +219,28 @@ def blend(
 ) -> Tensor:  # `(B, C)`
     "Weigh K moments by the softmax of their importance."
     return sum(w * m for w, m in zip(importance.softmax(0), moments, strict=True))
+
+# %% ../nbs/20_norms.ipynb #cell-32
+class SyncedBatchNorm2d(nn.BatchNorm2d):
+    "Batch norm whose moments are taken over all processes."
+
+    def forward(self, x: Tensor) -> Tensor:  # `(B, C, H, W)` to the same
+        if not self.training:
+            return super().forward(x)
+        pool = partial(batch_moments, self, n_pixels=x.shape[2:].numel(), sync=True)
+        return normalise(x, pool, self.weight, self.bias, self.eps)
+
+
+def sync_norms(
+    model: nn.Module,  # changed in place; its keys stay
+    is_switch_synced: bool = False,  # SwitchNorm2d too; the authors leave it to each process
+) -> nn.Module:
+    "Let batch norm, and the batch half of IBN-a, take their moments over all processes."
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__ = SyncedBatchNorm2d
+        elif isinstance(module, InstanceBatchNorm2d):
+            module.sync = True
+        elif isinstance(module, SwitchNorm2d):
+            module.sync = is_switch_synced
+    return model

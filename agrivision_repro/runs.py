@@ -13,16 +13,17 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
+import pandas as pd
 import torch
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 
 import agrivision_repro
 from .backbones import check_choice
@@ -33,21 +34,28 @@ from .losses import HybridLoss
 from .pack import Counts, PackedTiles, count_tiles, open_split, pack_split
 from .synthetic import Farmland, write_farmland
 from agrivision_repro.training import (
+    RECIPES,
+    SAVE_EVERY,
+    Engine,
     Recipe,
     Trainer,
     check_device,
     fit,
     history_table,
     load_state,
-    make_accelerator,
+    make_engine,
+    read_tensors,
+    replace_file,
     save_state,
+    save_tensors,
     score,
 )
 
 # %% auto #0
-__all__ = ['SCALES', 'PACK_UP_TO', 'Scale', 'find_scale', 'Run', 'plan_run', 'run_id', 'git', 'provenance', 'replace_file',
-           'write_json', 'Result', 'build_model', 'build_loss', 'thin_out', 'default_out', 'remove_empty', 'Workspace',
-           'hold', 'resume_trainer', 'train_run']
+__all__ = ['SCALES', 'CHECKPOINTS', 'PACK_UP_TO', 'Scale', 'find_scale', 'Run', 'plan_run', 'run_id', 'git', 'provenance',
+           'write_json', 'read_json', 'Result', 'build_model', 'build_loss', 'thin_out', 'default_out', 'remove_empty',
+           'Workspace', 'hold', 'train_run', 'train_and_score', 'progress_of', 'is_held', 'show_age', 'list_runs',
+           'find_run', 'flatten', 'show_run', 'compare_runs']
 
 # %% ../nbs/60_runs.ipynb #cell-05
 @dataclass(frozen=True)
@@ -60,11 +68,11 @@ class Scale:
 
 SCALES = {
     "smoke": Scale(  # seconds: shows that everything runs, learns nothing
-        Recipe(1, 3, 6, lr=0.03, batch_size=4, crop=32, width=1 / 16, is_pretrained=False, max_val_tiles=4),
+        Recipe(1, 3, 6, lr=0.03, batch_size=4, crop=32, width=1 / 16, is_pretrained=False, evaluate_every=5, max_val_tiles=4),
         Farmland(size=64, train_fields=2, val_fields=1, test_fields=1),
     ),
     "laptop": Scale(  # a minute or two a training on two cores
-        Recipe(20, 140, 340, lr=0.1, batch_size=4, crop=128, width=1 / 4, is_pretrained=False, max_val_tiles=100),
+        Recipe(20, 140, 340, lr=0.1, batch_size=4, crop=128, width=1 / 4, is_pretrained=False, evaluate_every=100, max_val_tiles=100),
         Farmland(size=128, train_fields=40, val_fields=10, test_fields=1),
     ),
     "paper": Scale(Recipe(), Farmland(size=512, train_fields=400, val_fields=100, test_fields=10)),
@@ -97,6 +105,7 @@ class Run:
     low_level: int = 1  # low-level feature maps in the decoder
     output_stride: int = 16
     multigrid: bool = True  # dilate layer 4's blocks by 1, 2 and 4 times the rest
+    is_switch_synced: bool = False  # over several processes, take SwitchNorm's batch moments over all
     seed: int = 0
 
     @property
@@ -118,12 +127,16 @@ class Run:
 def plan_run(
     scale: str,  # a key of `SCALES`
     data: str,  # an edition
+    recipe: str = "",  # a key of `training.RECIPES`, at paper scale; "": the scale's own
     **choices,  # further fields of `Run`
 ) -> Run:
     "Make the Run of a scale on a data set."
     chosen = find_scale(scale)
+    if recipe and (recipe not in RECIPES or scale != "paper"):
+        raise ValueError(f"recipe is {recipe!r} at scale {scale!r}: wanted one of {', '.join(RECIPES)} at scale 'paper'")
+    choices = {"low_level": 3 if recipe.startswith("shipped") else 1} | choices
     is_synthetic = find_edition(data).name == "synthetic"
-    return Run(chosen.recipe, data, chosen.farm if is_synthetic else None, **choices)
+    return Run(RECIPES[recipe] if recipe else chosen.recipe, data, chosen.farm if is_synthetic else None, **choices)
 
 
 def run_id(
@@ -146,29 +159,32 @@ def git(*words: str) -> str:
         return ""
 
 
-def provenance(device: torch.device) -> dict:  # plain strings and numbers
+def provenance(engine: Engine) -> dict:  # plain strings and numbers
     "Record what makes the numbers: code, libraries, machine."
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    gpu = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else ""
     return {
         "commit": git("rev-parse", "HEAD"),
         "is_dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
         "versions": {p: version(p) for p in ("agrivision_repro", "torch", "torchvision", "timm", "accelerate", "numpy")},
         "python": platform.python_version(),
         "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "processes": engine.accelerator.num_processes,
+        "precision": engine.precision,
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
 
 # %% ../nbs/60_runs.ipynb #cell-16
-def replace_file(path: Path, write) -> None:
-    "Let `write` fill a new file, then put it in place in one step."
-    fresh = path.with_name(path.name + ".new")
-    write(fresh)
-    os.replace(fresh, path)
-
-
 def write_json(path: Path, content: dict) -> None:
     "Write a JSON file in one step."
     replace_file(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def read_json(path: Path) -> dict:
+    "Read a JSON file; raises ValueError if it is none."
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove its folder, and the Run is trained anew") from error
 
 # %% ../nbs/60_runs.ipynb #cell-17
 @dataclass(frozen=True)
@@ -178,19 +194,31 @@ class Result:
     run: Run
     folder: Path
     record: dict = field(compare=False)  # run.json
-    scores: dict = field(compare=False)  # scores.json: test input → metric → iou, mean, floor
+    checkpoints: dict = field(compare=False)  # scores.json: "last" and "best" → iteration, scores
+
+    @property
+    def scores(self) -> dict:  # test input → metric → iou, mean, floor
+        "Scores of the last weights."
+        return self.checkpoints["last"]["scores"]
 
     @property
     def statistics(self) -> Statistics:
         "What the model's channels are normalised by."
         return Statistics(*map(tuple, self.record["statistics"]))
 
-    def model(self) -> DeepLabV3Plus:
+    def model(
+        self,
+        checkpoint: str = "last",  # or "best"
+    ) -> DeepLabV3Plus:
         "Load the trained model, in evaluation mode, on the CPU."
+        check_choice("checkpoint", checkpoint, tuple(CHECKPOINTS))
         run = replace(self.run, recipe=replace(self.run.recipe, is_pretrained=False))  # its own weights follow
         model = build_model(run)
-        model.load_state_dict(load_file(self.folder / "weights.safetensors"))
+        model.load_state_dict(read_tensors(self.folder / CHECKPOINTS[checkpoint])[0])
         return model.eval()
+
+
+CHECKPOINTS = {"last": "weights.safetensors", "best": "best.safetensors"}
 
 
 def build_model(run: Run) -> DeepLabV3Plus:
@@ -242,10 +270,14 @@ class Workspace:
         out: str | Path = "",  # folder of all results; "": `default_out()`
         data_root: str | Path = "",  # folder of the real data; not needed where it is synthetic
         device: str = "auto",  # "auto": a GPU if there is one; "cpu"
+        precision: str = "auto",  # "auto": bf16 where the device has it; "bf16"; "float32"
     ):
         self.out = Path(out).expanduser().resolve() if out else default_out()
         self.data_root = Path(data_root).expanduser().resolve() if data_root else None
-        self.device = check_device(device)
+        check_device(device, precision)
+        self.device, self.precision = device, precision
+        self.trackers: Sequence = ()  # Accelerate's, by name or made; they write to `out/trackers`
+        self.save_every = SAVE_EVERY  # iterations between states of a training
         for name in ("open", "counts", "identify"):
             setattr(self, name, lru_cache(getattr(self, name)))  # once a workspace
 
@@ -299,19 +331,19 @@ class Workspace:
         folder = self.folder(run)
         if not (folder / "scores.json").is_file():
             return None
-        record, scores = (json.loads((folder / name).read_text()) for name in ("run.json", "scores.json"))
-        return Result(run, folder, record, scores)
+        return Result(run, folder, read_json(folder / "run.json"), read_json(folder / "scores.json"))
 
     def result(self, run: Run, title: str = "") -> Result:
-        "Give a finished Run, training it first if need be; of two processes one trains and the other waits."
+        "Give a finished Run, training it first if need be; of two who ask for it at once one trains and the other waits."
         if self.finished(run) is None:
-            for split in ("train", "val"):
-                self.feed(run, split)  # a bad file is found before anything is written
-            folder = self.folder(run)
+            self.feed(run, "train"), self.feed(run, "val")  # a bad file is found before anything is written
+            folder, engine = self.folder(run), make_engine(self.device, self.precision, self.trackers, self.out / "trackers")
             folder.mkdir(parents=True, exist_ok=True)
-            with hold(folder / ".lock"):
+            with hold(folder / ".lock") if engine.accelerator.is_main_process else nullcontext():
+                engine.accelerator.wait_for_everyone()
                 if self.finished(run) is None:
-                    train_run(run, self, folder, title or run.title)
+                    train_run(run, self, engine, folder, title or run.title)
+                engine.accelerator.wait_for_everyone()
         return self.finished(run)
 
     def results(self, runs: Sequence[Run]) -> list[Result]:
@@ -336,31 +368,133 @@ def hold(path: Path) -> Iterator[None]:
         lock.release()
 
 # %% ../nbs/60_runs.ipynb #cell-24
-def resume_trainer(run: Run, state: Path, device: str) -> Trainer:
-    "Make the trainer of a Run, at its saved state if there is one."
-    accelerator = make_accelerator(device)
-    trainer = Trainer(build_model(run), build_loss(run), run.recipe, run.seed, accelerator)
+def train_run(run: Run, workspace: Workspace, engine: Engine, folder: Path, title: str) -> None:
+    "Train and score a Run, and leave its folder finished; if it fails or is stopped, say so in its record."
+    accelerator, began = engine.accelerator, time.monotonic()
+    trainer = Trainer(build_model(run), build_loss(run), run.recipe, run.seed, engine, run.is_switch_synced)
+    record = {"run": asdict(run), "title": run.title, **provenance(engine), "parts": trainer.n_parts, "speed": trainer.speed}
+
+    def keep(**more: object) -> None:
+        if accelerator.is_main_process:
+            record.update(more, seconds=round(time.monotonic() - began, 1))
+            write_json(folder / "run.json", record)
+
+    keep(state="training")
+    try:
+        checkpoints = train_and_score(run, workspace, trainer, folder, title, keep)
+    except (Exception, KeyboardInterrupt) as error:
+        with suppress(OSError):  # the error itself is what matters
+            keep(state=f"{'stopped' if isinstance(error, KeyboardInterrupt) else 'failed'}: {' '.join(str(error).split())}")
+        raise
+    keep(state="finished")
+    if accelerator.is_main_process:
+        write_json(folder / "scores.json", checkpoints)
+        shutil.rmtree(folder / "state")
+
+# %% ../nbs/60_runs.ipynb #cell-25
+def train_and_score(run: Run, workspace: Workspace, trainer: Trainer, folder: Path, title: str, keep: Callable) -> dict:
+    "Train to the end, write weights and history, and score the last weights and the best."
+    feed, accelerator, state = workspace.feed(run, "train"), trainer.engine.accelerator, folder / "state" / "state.safetensors"
+    tests = {channels: workspace.feed(run, "val", channels) for channels in run.test_inputs}
     if state.exists():
         load_state(trainer, state)
-    return trainer
+    keep(resumed_at=trainer.iteration, statistics=feed.statistics, n_train=len(feed.tiles), n_val=len(tests[run.test_inputs[0]].tiles))
+    accelerator.init_trackers("agrivision_repro", {"title": run.title})
+    fit(trainer, feed, state, tests[run.channels if run.channels in tests else run.test_inputs[0]], title, workspace.save_every)
+    accelerator.end_training()
+    iterations = {"last": trainer.iteration, "best": max(trainer.evaluations, key=lambda e: e[1])[0]}
+    if accelerator.is_main_process:
+        save_state(trainer, state)
+        save_tensors(trainer.bare_model.state_dict(), folder / CHECKPOINTS["last"], iteration=iterations["last"])
+        replace_file(folder / CHECKPOINTS["best"], lambda p: shutil.copyfile(state.with_name("best.safetensors"), p))
+        replace_file(folder / "history.csv", history_table(trainer.history, trainer.loss).to_csv)
+    keep(evaluations=trainer.evaluations)
+    accelerator.wait_for_everyone()
+    checkpoints = {}
+    for name, iteration in iterations.items():
+        trainer.bare_model.load_state_dict(read_tensors(folder / CHECKPOINTS[name], trainer.engine.device)[0])
+        scores = {channels: score(trainer.model, test, trainer.engine) for channels, test in tests.items()}
+        checkpoints[name] = {"iteration": iteration, "scores": scores}
+    return checkpoints
+
+# %% ../nbs/60_runs.ipynb #cell-32
+def progress_of(folder: Path, record: dict) -> str:
+    "Say how far a Run is."
+    if (folder / "scores.json").is_file():
+        return "finished"
+    iteration, state = 0, folder / "state" / "state.safetensors"
+    if state.is_file():
+        with suppress(OSError, SafetensorError), safe_open(state, "pt") as file:
+            iteration = int(file.metadata()["iteration"])
+    recipe = Recipe(**record["run"]["recipe"])
+    how = "training" if is_held(folder / ".lock") else "killed" if record["state"] == "training" else record["state"]
+    return f"{how}, saved at {iteration:,} of {recipe.iterations:,}"
 
 
-def train_run(run: Run, workspace: Workspace, folder: Path, title: str) -> None:
-    "Train and score a Run, and leave its folder finished."
-    began, feed = time.monotonic(), workspace.feed(run, "train")
-    tests = {channels: workspace.feed(run, "val", channels) for channels in run.test_inputs}
-    state = folder / "state" / "state.safetensors"
-    trainer = resume_trainer(run, state, workspace.device)
-    record = {"run": asdict(run), "title": run.title, **provenance(trainer.accelerator.device)}
-    record |= {"resumed_at": trainer.iteration, "precision": trainer.accelerator.mixed_precision, "statistics": feed.statistics}
-    record |= {"n_train": len(feed.tiles), "n_val": len(tests[run.test_inputs[0]].tiles)}
-    write_json(folder / "run.json", record)
-    fit(trainer, feed, state, title)
-    save_state(trainer, state)
-    scores = {channels: score(trainer.model, test, trainer.accelerator) for channels, test in tests.items()}
-    weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
-    replace_file(folder / "weights.safetensors", lambda p: save_file({k: v.contiguous() for k, v in weights.items()}, p))
-    replace_file(folder / "history.csv", history_table(trainer.history, trainer.loss).to_csv)
-    write_json(folder / "run.json", record | {"seconds": round(time.monotonic() - began, 1)})
-    write_json(folder / "scores.json", scores)
-    shutil.rmtree(folder / "state")
+def is_held(path: Path) -> bool:
+    "Tell whether a process holds a lock."
+    try:
+        with FileLock(path).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def show_age(seconds: float) -> str:
+    "Write a time span in its largest unit."
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+# %% ../nbs/60_runs.ipynb #cell-33
+def list_runs(
+    out: Path,  # folder of all results
+) -> pd.DataFrame:  # a row a Run; mIoU in %, multi-label, last weights
+    "List all Runs of a folder."
+    rows = []
+    for path in sorted(Path(out).glob("runs/*/run.json"), key=lambda p: p.stat().st_mtime):
+        record, folder = read_json(path), path.parent
+        scores = read_json(folder / "scores.json")["last"]["scores"] if (folder / "scores.json").is_file() else {}
+        means = {channels: 100 * by_metric["multilabel"]["mean"] for channels, by_metric in scores.items()}
+        rows.append({
+            "id": folder.name, "title": record["title"], "data": record["run"]["data"], "state": progress_of(folder, record),
+            "age": show_age(time.time() - path.stat().st_mtime), "mIoU, %": ", ".join(f"{c} {m:.1f}" for c, m in means.items()) or "–",
+            "device": record["device"], "commit": record["commit"][:10] + (" + changes" if record["is_dirty"] else ""),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def find_run(
+    out: Path,
+    start: str,  # of its id
+) -> Path:  # its folder
+    "Find a Run's folder by the first digits of its id."
+    found = [path.parent for path in Path(out).glob("runs/*/run.json") if path.parent.name.startswith(start)]
+    if len(found) != 1:
+        known = ", ".join(sorted(path.parent.name for path in Path(out).glob("runs/*/run.json"))) or "none"
+        raise ValueError(f"{len(found)} Runs in {out} begin with {start!r}: wanted one of {known}")
+    return found[0]
+
+# %% ../nbs/60_runs.ipynb #cell-34
+def flatten(content: dict, prefix: str = "") -> dict:  # dotted names → values
+    "Bring nested dictionaries to one level."
+    flat = {}
+    for name, value in content.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def show_run(folder: Path) -> pd.Series:
+    "Give all that is known of a Run, one name a value."
+    content = read_json(folder / "run.json") | {"progress": progress_of(folder, read_json(folder / "run.json"))}
+    scores = read_json(folder / "scores.json") if (folder / "scores.json").is_file() else {}
+    return pd.Series(flatten(content | scores), dtype=object)
+
+
+def compare_runs(folders: Sequence[Path]) -> pd.DataFrame:
+    "Put the fields that differ between Runs, and their scores, side by side."
+    table = pd.DataFrame({folder.name: show_run(folder) for folder in folders})
+    differs = table.astype(str).nunique(axis=1) > 1
+    shown = [n for n in table.index if n.startswith(("run.", "device", "precision", "commit", "processes")) or n.endswith(".mean")]
+    return table[differs].loc[lambda t: t.index.isin(shown)]
