@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import sys
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated
@@ -21,8 +20,8 @@ import typer
 # %% auto #0
 __all__ = ['app', 'ScaleName', 'RunData', 'DataRoot', 'Out', 'Device', 'Precision', 'runs_app', 'RunId', 'data_app', 'Root',
            'DataName', 'Workers', 'AsJson', 'agrivision', 'read_value', 'check_type', 'read_parameters', 'run_notebook',
-           'choose_tables', 'reproduce', 'read_seeds', 'plan_table', 'change_fields', 'train', 'leave_together', 'runs',
-           'show_one', 'compare', 'score', 'check', 'stats', 'show', 'pack', 'unpack', 'main', 'say_stopped']
+           'choose_tables', 'reproduce', 'read_seeds', 'plan_table', 'change_fields', 'train', 'leave_processes',
+           'runs', 'show_one', 'compare', 'score', 'check', 'stats', 'show', 'pack', 'unpack', 'main', 'say_stopped']
 
 # %% ../nbs/72_cli.ipynb #cell-05
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
@@ -193,23 +192,21 @@ def train(
     run = change_fields(plan_run(scale, data, recipe), {name: text for name, _, text in pairs})
     workspace = Workspace(out, data_root, device, precision)
     workspace.trackers, workspace.save_every = track or (), save_every
-    with leave_together():
+    try:
         result = workspace.result(run)
+    finally:
+        leave_processes()
     if os.environ.get("RANK", "0") == "0":
         means = {c: ", ".join(f"{m} {100 * s['mean']:.1f} %" for m, s in by.items()) for c, by in result.scores.items()}
         print(f"{result.folder}: {run.title}", *(f"  tested on {c}: mIoU {shown}" for c, shown in means.items()), sep="\n")
 
 
-@contextmanager
-def leave_together():
-    "Take leave of the other processes at the end, however it comes."
+def leave_processes() -> None:
+    "Take leave of the other processes, if there are any."
     from torch import distributed
 
-    try:
-        yield
-    finally:
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.destroy_process_group()
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 # %% ../nbs/72_cli.ipynb #cell-20
 runs_app = typer.Typer(help="List trainings; show one, compare several, score one in another way.", invoke_without_command=True)

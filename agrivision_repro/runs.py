@@ -403,7 +403,8 @@ def train_and_score(run: Run, workspace: Workspace, trainer: Trainer, folder: Pa
     keep(resumed_at=trainer.iteration, statistics=feed.statistics, n_train=len(feed.tiles), n_val=len(tests[run.test_inputs[0]].tiles))
     accelerator.init_trackers("agrivision_repro", {"title": run.title})
     fit(trainer, feed, state, tests[run.channels if run.channels in tests else run.test_inputs[0]], title, workspace.save_every)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     iterations = {"last": trainer.iteration, "best": max(trainer.evaluations, key=lambda e: e[1])[0]}
     if accelerator.is_main_process:
         save_state(trainer, state)
@@ -414,7 +415,7 @@ def train_and_score(run: Run, workspace: Workspace, trainer: Trainer, folder: Pa
     accelerator.wait_for_everyone()
     checkpoints = {}
     for name, iteration in iterations.items():
-        trainer.bare_model.load_state_dict(read_tensors(folder / CHECKPOINTS[name], trainer.engine.device)[0])
+        trainer.bare_model.load_state_dict(read_tensors(folder / CHECKPOINTS[name])[0])
         scores = {channels: score(trainer.model, test, trainer.engine) for channels, test in tests.items()}
         checkpoints[name] = {"iteration": iteration, "scores": scores}
     return checkpoints

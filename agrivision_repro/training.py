@@ -280,11 +280,10 @@ def save_tensors(
 
 def read_tensors(
     path: Path,
-    device: torch.device | str = "cpu",
 ) -> tuple[dict[str, Tensor], dict[str, str]]:  # tensors and metadata
     "Read what `save_tensors` wrote; raises ValueError if it is anything else."
     try:
-        with safe_open(path, "pt", device=str(device)) as file:
+        with safe_open(path, "pt") as file:
             tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}): remove it, and its training starts anew") from error
@@ -308,8 +307,8 @@ def load_state(
     path: Path,
 ) -> None:
     "Go on where `save_state` stopped."
-    tensors, metadata = read_tensors(path, trainer.engine.device)
-    trainer.iteration, trainer.history = int(metadata["iteration"]), list(tensors.pop("history"))
+    tensors, metadata = read_tensors(path)
+    trainer.iteration, trainer.history = int(metadata["iteration"]), list(tensors.pop("history").to(trainer.engine.device))
     trainer.evaluations = [(int(t), score) for t, score in tensors.pop("evaluations").tolist()]
     trainer.bare_model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     for name, parameter in trainer.bare_model.named_parameters():

@@ -1,0 +1,91 @@
+"""Train small models for some iterations and score them, in as many processes as this is started in: sharing.py OUT [--runs]
+
+With --runs, whole Runs at smoke scale, one of each norm.
+
+Of several processes each takes its own loss; one process alone averages the hybrid losses of the two halves of a batch. In float64
+and without dropout, so that one process and two can be compared to the last digits.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, distributed, nn
+
+from agrivision_repro.backbones import NORMS
+from agrivision_repro.batches import Feed, SampleStream, training_loader
+from agrivision_repro.data import open_tiles
+from agrivision_repro.deeplab import DeepLabV3Plus
+from agrivision_repro.losses import HybridLoss
+from agrivision_repro.runs import Workspace, plan_run
+from agrivision_repro.synthetic import Farmland, write_farmland
+from agrivision_repro.training import Engine, Recipe, Trainer, make_engine, save_tensors, score
+
+RECIPE = Recipe(1, 2, 1, lr=0.05, batch_size=8, crop=32, width=1 / 16, is_pretrained=False)
+
+
+class Halves(nn.Module):
+    "The mean of a loss over the two halves of a batch."
+
+    def __init__(self, loss: HybridLoss):
+        super().__init__()
+        self.loss, self.parts = loss, loss.parts
+
+    def forward(self, *tensors: Tensor) -> dict[str, Tensor]:
+        first, second = (self.loss(*(t.chunk(2)[k] for t in tensors)) for k in range(2))
+        return {name: (first[name] + second[name]) / 2 for name in first}
+
+
+class Wide(nn.Module):
+    "A model in float64."
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x.double())
+
+
+def make_model(norm: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = DeepLabV3Plus(7, 26, norm, 4, 16, 1, RECIPE.width, False, False)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return Wide(model)
+
+
+def train(norm: str, loss: nn.Module, feed: Feed, engine: Engine, out: Path) -> None:
+    trainer = Trainer(make_model(norm), loss, RECIPE, 0, engine, is_switch_synced=True)
+    stream = SampleStream(feed.tiles, 0, 32)
+    loader = training_loader(stream, 8, 0, RECIPE.iterations, feed.prepare("cpu"), trainer.parts, trainer.n_parts)
+    trainer.model.train()
+    for batch in loader:
+        trainer.step([batch])
+    scores = score(trainer.model, feed, engine)
+    if engine.accelerator.is_main_process:
+        save_tensors(trainer.bare_model.state_dict() | {"history": torch.stack(trainer.history)}, out.with_suffix(".safetensors"))
+        out.with_suffix(".json").write_text(json.dumps(scores))
+
+
+def train_small_models(out: Path, engine: Engine) -> None:
+    tiles = open_tiles("synthetic", write_farmland(out.parent / "farm", Farmland(32, 4, 1, 1)), "train")
+    feed = Feed([tiles[k] for k in range(13)], "rgbn", 7)  # a number that two do not divide
+    is_alone = engine.accelerator.num_processes == 1
+    for norm in NORMS:
+        train(norm, HybridLoss(0, 0), feed, engine, out / f"{norm}-bce")
+        train(norm, Halves(HybridLoss(1, 1)) if is_alone else HybridLoss(1, 1), feed, engine, out / f"{norm}-hybrid")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    out, engine = Path(sys.argv[1]), make_engine("cpu", "float32")
+    if "--runs" in sys.argv:
+        Workspace(out, device="cpu", precision="float32").results([plan_run("smoke", "synthetic", norm=norm) for norm in NORMS])
+    else:
+        train_small_models(out, engine)
+    engine.accelerator.wait_for_everyone()
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -1,0 +1,73 @@
+"Two processes with gloo: the same training as one, the same scores, and whole Runs of every norm."
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from agrivision_repro.backbones import NORMS
+from agrivision_repro.runs import Workspace, list_runs, read_result, score_again
+from agrivision_repro.training import read_tensors
+
+HERE = Path(__file__).resolve().parent
+BIN = Path(sys.executable).parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def run(*words) -> str:
+    done = subprocess.run([str(w) for w in words], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    "What one process and two made of the same."
+    folder = tmp_path_factory.mktemp("sharing")
+    for name, words in (("one", [sys.executable]), ("two", TWO)):
+        (folder / name).mkdir()
+        run(*words, HERE / "sharing.py", folder / name)
+    return folder / "one", folder / "two"
+
+
+@pytest.mark.parametrize("loss", ["bce", "hybrid"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_two_processes_equal_one(norm, loss, folders):
+    "BCE: one process on the whole batch. Dice and Lovász: one that averages the losses of both halves. Weights and buffers to 1e-9."
+    one, two = (read_tensors(folder / f"{norm}-{loss}.safetensors")[0] for folder in folders)
+    assert one.keys() == two.keys() and len(one) > 100
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-9, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
+    scores = [json.loads((folder / f"{norm}-{loss}.json").read_text()) for folder in folders]
+    for metric in scores[0]:
+        assert scores[1][metric]["floor"] == scores[0][metric]["floor"]
+        assert scores[1][metric]["mean"] == pytest.approx(scores[0][metric]["mean"], abs=1e-6)
+
+
+def test_the_losses_differ(folders):
+    "A check of the checks: halves of their own are another training."
+    bce, hybrid = (read_tensors(folders[0] / f"bn-{loss}.safetensors")[0]["history"] for loss in ("bce", "hybrid"))
+    assert bce.shape[1] == 3 and hybrid.shape[1] == 5
+
+
+def test_runs_over_two_processes(tmp_path):
+    "A smoke Run of each norm ends, is recorded as two halves, and its weights score the same in one process: identical numbers."
+    run(*TWO, HERE / "sharing.py", tmp_path, "--runs")
+    assert list_runs(tmp_path).state.tolist() == ["finished"] * len(NORMS)
+    workspace = Workspace(tmp_path, device="cpu", precision="float32")
+    for folder in tmp_path.glob("runs/*"):
+        result = read_result(folder)
+        assert (result.record["processes"], result.record["parts"]) == (2, 2)
+        assert score_again(folder, workspace) == result.scores
+
+
+def test_the_command_over_two_processes(tmp_path):
+    "Started by torchrun it trains once and speaks once."
+    printed = run(*TWO, "--no-python", BIN / "agrivision", "train", "--scale", "smoke", "--out", tmp_path, "-p", "norm=ibn_s")
+    assert printed.count("tested on rgbn") == 1
+    assert list_runs(tmp_path).title.tolist() == ["IBN-Net101-s on rgbn, seed 0"]
