@@ -25,7 +25,8 @@ N_CLASSES = 7
 def training_step(model: nn.Module, is_default: bool = False):
     "One step on fixed data."
     layout = torch.channels_last if is_default else torch.contiguous_format
-    precision = torch.autocast("cpu", torch.bfloat16) if is_default and has_bf16(torch.device("cpu")) else nullcontext()
+    device = torch.get_default_device()
+    precision = torch.autocast(device.type, torch.bfloat16) if is_default and has_bf16(device) else nullcontext()
     model = model.train().to(memory_format=layout)
     images = torch.randn(SHAPE).to(memory_format=layout)
     targets = torch.rand(SHAPE[0], N_CLASSES, *SHAPE[2:]) < 0.1
@@ -54,5 +55,5 @@ if __name__ == "__main__":
     print(table.to_string())
 
     ways = {"ibn_s, plain": training_step(models["ibn_s"]), "ibn_s, default": training_step(DeepLabV3Plus(N_CLASSES, 101, "ibn_s"), True)}
-    print(f"\ndefault: channels_last, {'bfloat16' if has_bf16(torch.device('cpu')) else 'float32 (no bfloat16 units here)'}")
+    print(f"\ndefault: channels_last, {'bfloat16' if has_bf16(torch.get_default_device()) else 'float32 (no bfloat16 units here)'}")
     print(table_of(alternate(ways, given.rounds, warm_up=1), "ibn_s, plain").to_string())

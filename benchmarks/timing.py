@@ -17,18 +17,31 @@ def alternate(ways: dict[str, Callable[[], object]], rounds: int, warm_up: int =
     for way in ways.values():
         for _ in range(warm_up):
             way()
+    finish()
     seconds = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
             start = perf_counter()
             way()
+            finish()
             seconds[name].append(perf_counter() - start)
     return {name: 1000 * median(found) for name, found in seconds.items()}
 
 
+def finish() -> None:
+    "Wait until a GPU has done what it was told."
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def peak_bytes(way: Callable[[], object]) -> int:
-    "Most CPU memory that torch held at once beyond what it held before."
+    "Most memory of the device that torch held at once beyond what it held before."
     way()
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        way()
+        return torch.cuda.max_memory_allocated() - before
     with profile(profile_memory=True) as recorded:
         result = way()
     events = sorted((e.start_ns(), e.nbytes()) for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]")
@@ -50,8 +63,11 @@ def set_up(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    torch.set_default_device(given.device)
     machine = f"torch {torch.__version__}, {given.threads} threads, {torch.backends.cpu.get_cpu_capability()}"
+    machine = f"torch {torch.__version__}, {torch.cuda.get_device_name()}" if given.device == "cuda" else machine
     print(f"{machine}, medians of {given.rounds} rounds")
     return given
