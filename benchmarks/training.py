@@ -1,8 +1,8 @@
 """What the training loop costs beside bare steps: python benchmarks/training.py
 
-A Run at laptop scale, ResNet-101 and IBN-Net-101-s. "bare" is forward, loss, backward and optimiser step on one batch that stands ready, in the
-same precision and layout. "loop" is `fit`: batches read, cut, turned and made, losses recorded and checked, the bar drawn, a state saved
-every 250 iterations. Both in turns, some steps at a time; validation is not counted.
+A Run at laptop scale, ResNet-101 and IBN-Net-101-s. "bare" is forward, loss, backward and optimiser step on one batch that stands
+ready, in the same precision and layout. "loop" is `fit`: batches read, cut, turned and made, losses recorded and checked, the bar
+drawn, a state saved every 250 iterations. Both in turns, some steps at a time; validation is not counted.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 "The repository says everything once, and what it says twice agrees."
 
+import json
 import re
 import shlex
 import subprocess
@@ -109,3 +110,13 @@ def test_out_of_step_is_found_and_named(tmp_path):
     notebook = copy / "nbs" / "32_metrics.ipynb"
     notebook.write_text(notebook.read_text().replace('"execution_count": null', '"execution_count": 7', 1))
     assert find_differences(copy) == ["README.md", "agrivision_repro/metrics.py", "nbs/32_metrics.ipynb"]
+
+
+def test_the_gpu_check_runs(tmp_path):
+    "On a CPU, small: the same code, every parity within its bound."
+    words = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--device", "cpu", "--out", tmp_path / "gpu.json"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert report["failed"] == [] and len(report["parity"]) == 12
+    assert report["training"]["float32"]["tiles/s"] > 0 and report["machine"]["precision"]
