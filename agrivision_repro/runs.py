@@ -36,8 +36,10 @@ from .synthetic import Farmland, write_farmland
 from agrivision_repro.training import (
     RECIPES,
     SAVE_EVERY,
+    TTA,
     Engine,
     Recipe,
+    Stopped,
     Trainer,
     check_device,
     fit,
@@ -55,7 +57,7 @@ from agrivision_repro.training import (
 __all__ = ['SCALES', 'CHECKPOINTS', 'PACK_UP_TO', 'Scale', 'find_scale', 'Run', 'plan_run', 'run_id', 'git', 'provenance',
            'write_json', 'read_json', 'Result', 'build_model', 'build_loss', 'thin_out', 'default_out', 'remove_empty',
            'Workspace', 'hold', 'train_run', 'train_and_score', 'progress_of', 'is_held', 'show_age', 'list_runs',
-           'find_run', 'flatten', 'show_run', 'compare_runs']
+           'find_run', 'flatten', 'show_run', 'compare_runs', 'read_result', 'score_again']
 
 # %% ../nbs/60_runs.ipynb #cell-05
 @dataclass(frozen=True)
@@ -384,7 +386,7 @@ def train_run(run: Run, workspace: Workspace, engine: Engine, folder: Path, titl
         checkpoints = train_and_score(run, workspace, trainer, folder, title, keep)
     except (Exception, KeyboardInterrupt) as error:
         with suppress(OSError):  # the error itself is what matters
-            keep(state=f"{'stopped' if isinstance(error, KeyboardInterrupt) else 'failed'}: {' '.join(str(error).split())}")
+            keep(state=f"{'stopped' if isinstance(error, (Stopped, KeyboardInterrupt)) else 'failed'}: {' '.join(str(error).split())}")
         raise
     keep(state="finished")
     if accelerator.is_main_process:
@@ -498,3 +500,31 @@ def compare_runs(folders: Sequence[Path]) -> pd.DataFrame:
     differs = table.astype(str).nunique(axis=1) > 1
     shown = [n for n in table.index if n.startswith(("run.", "device", "precision", "commit", "processes")) or n.endswith(".mean")]
     return table[differs].loc[lambda t: t.index.isin(shown)]
+
+# %% ../nbs/60_runs.ipynb #cell-35
+def read_result(folder: Path) -> Result:
+    "Read the folder of a finished Run, whatever made it."
+    if not (folder / "scores.json").is_file():
+        raise ValueError(f"{folder} is not finished: train it to the end first")
+    record = read_json(folder / "run.json")
+    described = dict(record["run"])
+    recipe, farm = Recipe(**described.pop("recipe")), described.pop("farm")
+    run = Run(recipe, farm=Farmland(**farm) if farm else None, **described)
+    return Result(run, folder, record, read_json(folder / "scores.json"))
+
+
+def score_again(
+    folder: Path,  # of a finished Run
+    workspace: Workspace,
+    checkpoint: str = "last",  # or "best"
+    tta: str = "none",  # a key of `training.TTA`
+) -> dict:  # test input → metric → iou, mean, floor
+    "Score weights in another way; the result is kept in the folder."
+    result, path = read_result(folder), folder / f"scores-{checkpoint}-{tta}.json"
+    check_choice("tta", tta, tuple(TTA))
+    if not path.is_file():
+        model, engine = result.model(checkpoint), make_engine(workspace.device, workspace.precision)
+        model.to(engine.device)
+        scores = {c: score(model, workspace.feed(result.run, "val", c), engine, tta) for c in result.run.test_inputs}
+        write_json(path, scores)
+    return read_json(path)

@@ -343,7 +343,7 @@ def list_notes(runs: Sequence[Run], engine: Engine, paces: Sequence[Pace]) -> li
     elif paces:
         notes.append("timed without torch.compile, which long trainings use: they are likely faster")
     if any(not pace.is_full for pace in paces):
-        notes.append("a batch does not fit into this device's memory: train in parts (-p parts=2), or over several devices")
+        notes.append("a batch does not fit into this device's memory: train in parts (recipe.parts), or over several devices")
     timed = [pace.n_tiles for pace in paces if pace.n_tiles]
     if timed:
         steps = f"steps of {' or '.join(str(n) for n in sorted(set(timed)))} made-up tiles"
@@ -465,10 +465,10 @@ def submit(ray: ModuleType, runs: Sequence[Run], workspace: Workspace, max_retri
     places = {"out": str(workspace.out), "data_root": str(workspace.data_root or "")}
     places |= {"device": workspace.device, "precision": workspace.precision}
     environment = {"OMP_NUM_THREADS": str(n_threads), "TQDM_MININTERVAL": "60"}  # a line a minute in a worker's log
-    task = ray.remote(train_one).options(
-        num_gpus=n_gpus, num_cpus=n_cores, max_retries=max_retries, retry_exceptions=[Interrupted], runtime_env={"env_vars": environment}
-    )  # fmt: skip
-    return {task.options(name=run.title).remote(run, places, workspace.save_every, n_threads): run for run in runs}
+    how = {"num_gpus": n_gpus, "num_cpus": n_cores, "runtime_env": {"env_vars": environment}}
+    how |= {"max_retries": max_retries, "retry_exceptions": [Interrupted]}
+    task = ray.remote(train_one)
+    return {task.options(name=run.title, **how).remote(run, places, workspace.save_every, n_threads): run for run in runs}
 
 
 def watch(ray: ModuleType, queued: dict) -> dict[Run, str]:  # what failed, and why

@@ -317,7 +317,7 @@ def load_state(
         trainer.optimizer.state[parameter]["momentum_buffer"] = momentum
 
 # %% ../nbs/50_training.ipynb #cell-27
-class Stopped(KeyboardInterrupt):
+class Stopped(Exception):
     "A signal ended a training; its state is saved."
 
     def __init__(self, signum: int):
