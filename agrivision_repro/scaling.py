@@ -414,7 +414,7 @@ def join_ray(
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
     except (ConnectionError, RuntimeError) as error:
-        raise ValueError(f"no Ray answers at {address!r} ({error}): start it with `ray start --head`, or use --ray local") from error
+        raise ValueError(f"no Ray at {address!r} ({error}): start it with `ray start --head`, or use --ray local") from error
     try:
         yield ray
     finally:
