@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 import json
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -36,8 +37,8 @@ from .training import Engine, Recipe, Trainer, make_engine
 __all__ = ['PAPERS_DATA', 'ALONE', 'Extent', 'tiles_left', 'kind_of', 'gmacs_of', 'Pace', 'seconds_of', 'make_up_batch',
            'time_steps', 'pace_all', 'find_data', 'measure_data', 'find_folder', 'saved_iteration', 'schedule',
            'makespan', 'draw_schedule', 'name_runs', 'show_hours', 'Plan', 'estimate', 'progress', 'cost', 'list_notes',
-           'Interrupted', 'train_one', 'share_of', 'need_ray', 'join_ray', 'Outcome', 'train_on_ray', 'work_of',
-           'submit', 'watch', 'in_one_line']
+           'Interrupted', 'train_one', 'share_of', 'need_ray', 'join_ray', 'find_listener', 'Outcome', 'train_on_ray',
+           'work_of', 'submit', 'watch', 'in_one_line']
 
 # %% ../nbs/64_scaling.ipynb #cell-05
 class Extent(NamedTuple):
@@ -412,13 +413,21 @@ def join_ray(
     if address == "local":
         options = {"include_dashboard": False} | options
     try:
+        find_listener(address)
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
-    except (ConnectionError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         raise ValueError(f"no Ray at {address!r} ({error}): start it with `ray start --head`, or use --ray local") from error
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def find_listener(address: str, seconds: float = 10.0) -> None:
+    "Raise OSError at once if nobody listens at HOST:PORT, for which Ray would wait many minutes."
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=seconds).close()
 
 # %% ../nbs/64_scaling.ipynb #cell-38
 @dataclass(frozen=True)

@@ -143,6 +143,15 @@ def test_without_a_cluster(monkeypatch, tmp_path):
         train_on_ray(table1("smoke"), Workspace(tmp_path))
 
 
+def test_an_address_that_nobody_listens_at(tmp_path):
+    "Ray itself would wait for many minutes."
+    pytest.importorskip("ray")
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="no Ray at '127.0.0.1:9'"):
+        train_on_ray(table1("smoke"), Workspace(tmp_path), "127.0.0.1:9")
+    assert time.monotonic() - began < 30
+
+
 @pytest.fixture(scope="module")
 def cluster():
     "Ray on this machine with two GPUs that it is told of."
