@@ -149,7 +149,7 @@ def pace_all(
 ) -> dict[tuple[Run, int], Pace]:
     "Time kinds of Runs, and scale those by their multiply-adds that there is no time for."
     began, paces = time.perf_counter(), {}
-    for key in sorted(kinds, key=kinds.get, reverse=True):
+    for key in sorted(kinds, key=lambda key: (kinds[key], gmacs_of(*key)), reverse=True):
         left = seconds - (time.perf_counter() - began)
         if not paces or left > max(p.train * p.n_tiles * 4 for p in paces.values()):  # two steps, and making the model
             paces[key] = time_steps(*key, engine, min(5.0, left / 2))
@@ -338,7 +338,8 @@ def list_notes(runs: Sequence[Run], engine: Engine, paces: Sequence[Pace]) -> li
     files = sorted(url.rsplit("/", 1)[1] for url in urls)
     absent = [name for name in files if not (Path(torch.hub.get_dir()) / "checkpoints" / name).is_file()]
     if absent:
-        notes.append(f"ImageNet weights not here yet, the first training fetches them: {', '.join(absent)}")
+        names = ", ".join(absent[:3]) + ", …" * (len(absent) > 3)
+        notes.append(f"ImageNet weights not here yet, the first training fetches them: {names}")
     if engine.device.type == "cpu":
         notes.append("no GPU here, or none wanted: the time is this CPU's")
     elif paces:
@@ -347,8 +348,8 @@ def list_notes(runs: Sequence[Run], engine: Engine, paces: Sequence[Pace]) -> li
         notes.append("a batch does not fit into this device's memory: train in parts (recipe.parts), or over several devices")
     timed = [pace.n_tiles for pace in paces if pace.n_tiles]
     if timed:
-        steps = f"steps of {' or '.join(str(n) for n in sorted(set(timed)))} made-up tiles"
-        notes.append(f"from {steps}, times the tiles to train on and to score; starting and waiting for data not counted")
+        sizes = " or ".join(str(n) for n in sorted(set(timed)))
+        notes.append(f"from steps on made-up batches of {sizes}, times the tiles to train on and to score; starting and waiting for data not counted")
     return notes
 
 # %% ../nbs/64_scaling.ipynb #cell-33

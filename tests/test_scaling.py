@@ -184,7 +184,7 @@ def trained(cluster, tmp_path_factory):
     runs = table1("smoke")
     slow = replace(runs[0].recipe, decay=76, evaluate_every=100)
     bad = replace(runs[0].recipe, lr=1e30)
-    victim, failing = replace(runs[0], recipe=slow, depth=18), replace(runs[0], recipe=bad, norm="ibn_s")
+    victim, failing = replace(runs[0], recipe=slow, depth=18), replace(runs[0], recipe=bad, depth=18, norm="ibn_s")
     killed = []
     killer = threading.Thread(target=kill_in_training, args=(workspace.folder(victim), killed), daemon=True)
     killer.start()
