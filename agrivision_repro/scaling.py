@@ -349,7 +349,7 @@ def list_notes(runs: Sequence[Run], engine: Engine, paces: Sequence[Pace]) -> li
     timed = [pace.n_tiles for pace in paces if pace.n_tiles]
     if timed:
         sizes = " or ".join(str(n) for n in sorted(set(timed)))
-        notes.append(f"from steps on made-up batches of {sizes}, times the tiles to train on and to score; starting and waiting for data not counted")
+        notes.append(f"from steps on made-up batches of {sizes}, times the tiles to train on and to score; start and loading not counted")
     return notes
 
 # %% ../nbs/64_scaling.ipynb #cell-33
