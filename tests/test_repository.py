@@ -55,14 +55,16 @@ def test_environment_adds_nothing_to_settings(settings):
     assert environment["channels"][0] == "conda-forge"
     assert {re.split(r"[<>= ]", d)[0] for d in conda} == {"python", "pip", "make"}
     assert f">={settings['min_python']}" in next(d for d in conda if d.startswith("python"))
-    assert pip == ["-c constraints.txt", "-e .[dev]"]
-    assert "dev_requirements" in settings
+    assert pip == ["-c constraints.txt", "-e .[dev,cluster]"]
+    assert "dev_requirements" in settings and "cluster_requirements" in settings
+    assert "-e '.[dev,cluster]'" in (ROOT / "tools" / "make_venv.sh").read_text()
 
 
 def test_every_requirement_is_constrained(settings):
     "`make` installs exact versions of everything that is asked for."
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()}
-    asked = words(settings, "requirements") + words(settings, "dev_requirements")
+    asked = [word for key in settings if key.endswith("requirements") for word in words(settings, key)]
+    assert any(word.startswith("ray") for word in asked)
     names = {re.split(r"[<>=!\[]", word)[0].lower().replace("_", "-") for word in asked}
     assert names <= pinned, names - pinned
 

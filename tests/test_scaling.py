@@ -1,0 +1,242 @@
+"A plan tells what is to be paid; over Ray every Run ends, killed workers go on, and a Run that raises stops no other."
+
+import shutil
+import signal
+import sys
+import threading
+import time
+from dataclasses import replace
+from itertools import product
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from agrivision_repro import scaling
+from agrivision_repro.cli import main
+from agrivision_repro.runs import Workspace, plan_run, read_json
+from agrivision_repro.scaling import Pace, estimate, gmacs_of, kind_of, makespan, name_runs, saved_iteration, time_steps, train_on_ray
+from agrivision_repro.tables import table1
+from agrivision_repro.training import Trainer, make_engine
+
+PAPER = plan_run("paper", "agrivision-2020", channels="rgb", lovasz=1.0)
+
+
+@pytest.fixture
+def paces(monkeypatch):
+    "Time nothing: a tile takes a second to train on, half of one to score."
+    timed = []
+    monkeypatch.setattr(scaling, "time_steps", lambda kind, *_: timed.append(kind) or Pace(1.0, 0.5, 1, True))
+    return timed
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    "Run the command in this process; give exit code, stdout and the lines of stderr."
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["agrivision", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        printed = capsys.readouterr()
+        return stop.value.code or 0, printed.out, [line for line in printed.err.splitlines() if "agrivision" in line]
+
+    return run
+
+
+# --- the plan
+
+
+def test_hours_by_hand(paces, tmp_path):
+    "The paper's schedule, its evaluations, and a Run that two tables share."
+    other = replace(PAPER, channels="nir3", seed=1)
+    plan = estimate({"one": [PAPER, other], "two": [other]}, Workspace(tmp_path, device="cpu"))
+    each = (25_000 * 32 * 1.0 + (25 + 2 * 2) * 4_431 * 0.5) / 3600
+    assert plan.table.hours.tolist() == pytest.approx([each, each])
+    assert plan.table.tables.tolist() == ["one", "one, two"]
+    assert plan.table["tiles/s"].tolist() == [1.0, 1.0]
+    assert [plan.hours(n) for n in (1, 2, 8)] == pytest.approx([2 * each, each, each])
+    assert paces == [kind_of(PAPER)]  # seeds and modalities are timed once
+    assert not list(tmp_path.iterdir())
+
+
+def test_kinds_without_time_are_scaled(paces, tmp_path):
+    half = replace(PAPER, depth=50)
+    plan = estimate({"one": [PAPER, half]}, Workspace(tmp_path, device="cpu"), seconds=0)
+    ratio = gmacs_of(kind_of(half), 512) / gmacs_of(kind_of(PAPER), 512)
+    assert plan.table.by.tolist() == ["timing", "GMACs"]
+    assert plan.table.hours[1] / plan.table.hours[0] == pytest.approx(ratio)
+
+
+def test_crops_are_trained_on_and_whole_tiles_scored(paces, tmp_path):
+    run = plan_run("laptop", "synthetic", channels="rgb")
+    run = replace(run, recipe=replace(run.recipe, crop=64))
+    plan = estimate({"one": [run]}, Workspace(tmp_path, device="cpu"))
+    n_looks = 5 + 2 * 2  # 500 iterations, a look every 100, at the end two checkpoints on two modalities
+    assert plan.hours() * 3600 == pytest.approx(500 * 4 * 1.0 + n_looks * 40 * 0.5 * 4)  # four times the area
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_longest_first_is_within_grahams_bound(seed):
+    "Against every way of dealing seven trainings out to three devices."
+    hours = np.random.default_rng(seed).integers(1, 20, 7).tolist()
+    ways = (max(sum(h for h, d in zip(hours, way, strict=True) if d == k) for k in range(3)) for way in product(range(3), repeat=7))
+    best = min(ways)
+    assert best <= makespan(hours, 3) <= best * (4 / 3 - 1 / 9)
+
+
+def test_a_batch_that_does_not_fit(monkeypatch):
+    "The largest one that does is timed, and that is said."
+    step = Trainer.step
+
+    def little_memory(trainer, batches):
+        if len(batches[0].x) > 2:
+            raise torch.OutOfMemoryError("no more")
+        return step(trainer, batches)
+
+    monkeypatch.setattr(Trainer, "step", little_memory)
+    pace = time_steps(kind_of(plan_run("smoke", "synthetic")), 32, make_engine("cpu"), seconds=60)
+    assert (pace.n_tiles, pace.is_full) == (2, False)
+
+
+def test_paper_plan_on_a_laptop(command, tmp_path):
+    "No data, no GPU, really timed: within a minute, on one screen, and nothing is written."
+    began = time.monotonic()
+    words = ["--scale", "paper", "--data", "agrivision-2020", "--device", "cpu", "--devices", "4", "--seeds", "0,1"]
+    code, text, complaints = command("plan", *words, "--out", tmp_path / "out")
+    assert code == 0 and not complaints and not (tmp_path / "out").exists()
+    for words in ("4 Runs, 0 finished", "25,000", "88.6", "4 devices", "tiles/s", "agrivision-2020", "ImageNet", "no GPU"):
+        assert words in text, text
+    assert len(text.splitlines()) <= 24 and max(map(len, text.splitlines())) <= 160
+    assert time.monotonic() - began < 60
+
+
+def test_names_tell_runs_apart():
+    twins = [PAPER, replace(PAPER, dice=0.0), replace(PAPER, channels="nir3")]
+    assert name_runs(twins) == [
+        "ResNet101 on rgb, seed 0 (dice=1.0)",
+        "ResNet101 on rgb, seed 0 (dice=0.0)",
+        "ResNet101 on nir3, seed 0",
+    ]
+
+
+# --- Ray
+
+
+def test_without_ray(monkeypatch, command, tmp_path):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    code, _, complaints = command("reproduce", "--scale", "smoke", "--out", tmp_path / "out", "--ray", "local")
+    assert code == 2 and not (tmp_path / "out").exists()
+    assert complaints == ["agrivision: Ray is not installed: pip install 'agrivision_repro[cluster]'"]
+
+
+def test_without_a_cluster(monkeypatch, tmp_path):
+    ray = pytest.importorskip("ray")
+
+    def nobody(**_):
+        raise ConnectionError("nobody answers")
+
+    monkeypatch.setattr(ray, "init", nobody)
+    with pytest.raises(ValueError, match=r"no Ray at 'auto' \(nobody answers\): start it with `ray start --head`, or use --ray local"):
+        train_on_ray(table1("smoke"), Workspace(tmp_path))
+
+
+def test_an_address_that_nobody_listens_at(tmp_path):
+    "Ray itself would wait for many minutes."
+    pytest.importorskip("ray")
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="no Ray at '127.0.0.1:9'"):
+        train_on_ray(table1("smoke"), Workspace(tmp_path), "127.0.0.1:9")
+    assert time.monotonic() - began < 30
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    "Ray on this machine with two GPUs that it is told of."
+    ray = pytest.importorskip("ray")
+    ray.init(address="local", num_gpus=2, num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def kill_in_training(folder, killed: list) -> None:
+    "Wait for the second saved state of a Run, and kill the process that holds its lock."
+    while saved_iteration(folder) < 10:
+        time.sleep(0.02)
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if str(folder / ".lock") in {file.path for file in process.open_files()}:
+                process.send_signal(signal.SIGKILL)
+                killed.append(process.pid)
+        except psutil.Error:
+            continue
+
+
+@pytest.fixture(scope="module")
+def trained(cluster, tmp_path_factory):
+    "Table 1, a Run whose worker is killed, and one whose loss is no number, all in one queue."
+    workspace = Workspace(tmp_path_factory.mktemp("ray") / "out")
+    workspace.save_every = 5
+    runs = table1("smoke")
+    slow = replace(runs[0].recipe, decay=76, evaluate_every=100)
+    bad = replace(runs[0].recipe, lr=1e30)
+    victim, failing = replace(runs[0], recipe=slow, depth=18), replace(runs[0], recipe=bad, depth=18, norm="ibn_s")
+    killed = []
+    killer = threading.Thread(target=kill_in_training, args=(workspace.folder(victim), killed), daemon=True)
+    killer.start()
+    outcome = train_on_ray([*runs, victim, failing, runs[0]], workspace)
+    return SimpleNamespace(workspace=workspace, runs=runs, victim=victim, failing=failing, killed=killed, outcome=outcome)
+
+
+def test_all_runs_of_table_1_end(trained):
+    assert set(trained.outcome.results) == {*trained.runs, trained.victim}
+    for run in trained.runs:
+        assert trained.outcome.results[run].folder == trained.workspace.folder(run)
+
+
+def test_a_killed_worker_goes_on_from_its_saved_state(trained, tmp_path):
+    assert len(trained.killed) == 1
+    result = trained.outcome.results[trained.victim]
+    assert result.record["resumed_at"] >= 10
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    undisturbed = Workspace(tmp_path, device="cpu", precision=result.record["precision"]).result(trained.victim)
+    torch.set_num_threads(n_threads)
+    if not torch.accelerator.is_available():
+        assert (undisturbed.folder / "weights.safetensors").read_bytes() == (result.folder / "weights.safetensors").read_bytes()
+
+
+def test_a_run_that_raises_is_reported_once(trained):
+    "It is not tried again: its worker was not lost."
+    assert list(trained.outcome.failures) == [trained.failing]
+    message = trained.outcome.failures[trained.failing]
+    assert message.startswith("ValueError: the loss is ") and "\n" not in message
+    assert read_json(trained.workspace.folder(trained.failing) / "run.json")["state"].startswith("failed: the loss is ")
+
+
+def test_the_plan_knows_what_is_finished(trained, paces, tmp_path):
+    "With the data beside the results, and by description where only the results were copied."
+    wanted = {"table1_modality": [*trained.runs, replace(trained.runs[0], seed=9)]}
+    shutil.copytree(trained.workspace.out / "runs", tmp_path / "runs")
+    for workspace in (trained.workspace, Workspace(tmp_path)):
+        plan = estimate(wanted, workspace)
+        assert plan.table.state.tolist() == ["open", "finished", "finished"]
+        assert plan.table.hours.tolist()[1:] == [0, 0]
+        assert "3 Runs, 2 finished" in plan.as_text()
+
+
+def test_the_command_names_what_failed(trained, command):
+    "A damaged state fails its Run; the other is trained, the exit code tells, and there is no traceback."
+    broken, whole = table1("smoke", seeds=[1])
+    state = trained.workspace.folder(broken) / "state" / "state.safetensors"
+    state.parent.mkdir(parents=True)
+    state.write_bytes(b"nothing")
+    code, text, complaints = command("reproduce", "--scale", "smoke", "--seeds", "1", "--out", trained.workspace.out, "--ray", "auto")
+    assert code == 1 and text == "no table is complete: no report\n"
+    assert len(complaints) == 1 and complaints[0].startswith("agrivision: ResNet101 on rgb, seed 1 failed: ValueError: ")
+    assert "is not a whole safetensors file" in complaints[0]
+    assert trained.workspace.finished(whole) and not trained.workspace.finished(broken)
