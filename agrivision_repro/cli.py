@@ -129,12 +129,13 @@ def reproduce(
     workspace = Workspace(out, data_root, device, precision)
     failed = train_over_ray([run for table_runs, _ in runs.values() for run in table_runs], workspace, ray) if ray else set()
     runs = {name: needed for name, needed in runs.items() if failed.isdisjoint(needed[0])}
-    results = workspace.results([run for table_runs, _ in runs.values() for run in table_runs])
+    workspace.results([run for table_runs, _ in runs.values() for run in table_runs])
     workspace.out.mkdir(parents=True, exist_ok=True)
     places = {"data_root": str(workspace.data_root or ""), "out": str(workspace.out), "device": device, "precision": precision}
     for name, (_, parameters) in runs.items():
         run_notebook(name, parameters | places, workspace.out)
-    print(f"report: {write_report(list(runs), results, workspace.out)}" if runs else "no table is complete: no report")
+    results = {name: workspace.results(table_runs) for name, (table_runs, _) in runs.items()}
+    print(f"report: {write_report(results, workspace.out)}" if runs else "no table is complete: no report")
     raise typer.Exit(1 if failed else 0)
 
 # %% ../nbs/72_cli.ipynb #cell-14

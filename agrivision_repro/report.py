@@ -9,6 +9,7 @@ import base64
 import re
 from collections.abc import Sequence
 from html import escape
+from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
@@ -20,6 +21,7 @@ from jinja2 import DictLoader, Environment
 from latex2mathml.converter import convert
 from matplotlib.figure import Figure
 from nbconvert import HTMLExporter
+from PIL import Image
 from torch import nn
 
 from .batches import IMAGENET, Statistics, select_channels
@@ -32,8 +34,8 @@ from .training import METRICS, Recipe
 # %% auto #0
 __all__ = ['MODALITY', 'METRIC', 'NOTEBOOK_PAGE', 'MATH', 'INDEX_PAGE', 'banner_text', 'banner', 'modality_scores', 'spread',
            'show_score', 'modality_table', 'show_paper', 'predict_labels', 'most_varied', 'modality_picture',
-           'to_markdown', 'save_table', 'save_picture', 'stash_math', 'notebook_page', 'notebook_title', 'html_table',
-           'origin_table', 'report_section', 'write_report']
+           'to_markdown', 'html_table', 'save_table', 'save_picture', 'stash_math', 'notebook_page', 'notebook_title',
+           'origin_table', 'report_section', 'read_picture', 'write_report']
 
 # %% ../nbs/70_report.ipynb #cell-05
 def banner_text(
@@ -175,23 +177,42 @@ def to_markdown(
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def html_table(
+    table: pd.DataFrame,
+    caption: str = "",  # what the numbers are
+) -> str:  # HTML
+    "Write a table as HTML whose header cells say what they head."
+    html = table.to_html(border=0, escape=True)
+    html = html.replace(">", f"><caption>{escape(caption)}</caption>", 1) if caption else html
+    head, body = html.split("</thead>")
+    body = re.sub(r"<th(?=[ >])", '<th scope="row"', body)
+    return re.sub(r"<th(?=[ >])", '<th scope="col"', head) + "</thead>" + body
+
+
 def save_table(
     name: str,  # of the files, without ending
     numbers: pd.DataFrame,  # goes into the CSV file
-    shown: pd.DataFrame,  # goes into the Markdown file, and is returned
+    shown: pd.DataFrame,  # goes into the Markdown file and the report, and is returned
     workspace: Workspace,
+    caption: str,  # what the numbers are
 ) -> pd.DataFrame:
-    "Keep a table as numbers (CSV) and as text (Markdown)."
+    "Keep a table as numbers (CSV), as text (Markdown) and for the report (HTML)."
     workspace.out.mkdir(parents=True, exist_ok=True)
     numbers.to_csv(workspace.out / f"{name}.csv", index=False)
     (workspace.out / f"{name}.md").write_text(to_markdown(shown))
+    (workspace.out / f"{name}.table.html").write_text(html_table(shown, caption))
     return shown
 
 
-def save_picture(name: str, figure: Figure, workspace: Workspace) -> Figure:
+def save_picture(
+    name: str,  # of the file; the report shows a notebook's `NAME.png` and `NAME-….png`
+    figure: Figure,
+    workspace: Workspace,
+    alt: str,  # what is seen, for those who do not see it; kept in the file
+) -> Figure:
     "Keep a picture as PNG."
     workspace.out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(workspace.out / f"{name}.png", dpi=120)
+    figure.savefig(workspace.out / f"{name}.png", dpi=120, metadata={"Description": alt})
     return figure
 
 # %% ../nbs/70_report.ipynb #cell-20
@@ -266,6 +287,7 @@ a { color: var(--link); } .note { background: var(--note); padding: .7rem 1rem; 
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem; text-align: right; vertical-align: top; }
 th[scope=row], td:first-child { text-align: left; } thead th { background: var(--soft); border-top: 2px solid var(--ink); }
 img { max-width: 100%; height: auto; background: #fff; border-radius: .3rem; }
+caption { caption-side: bottom; text-align: left; font-size: .88rem; opacity: .85; padding-top: .4rem; }
 figure { margin: 1.2rem 0; } figcaption, .small { font-size: .88rem; opacity: .85; }
 </style></head><body>
 <h1>Reducing the feature divergence of RGB and near-infrared images using Switchable Normalization</h1>
@@ -274,27 +296,17 @@ figure { margin: 1.2rem 0; } figcaption, .small { font-size: .88rem; opacity: .8
 <p>{{ s.question }}</p>
 <p class="note">{{ s.banner }}</p>
 <div class="wide">{{ s.table }}</div>
-<p class="small">Mean IoU in %, {{ s.n_val }} validation tiles, last checkpoint, no test-time augmentation; {{ s.n_seeds }}.
+<p class="small">{{ s.n_val }} validation tiles, last checkpoint, no test-time augmentation; {{ s.n_seeds }}.
 Not the paper's data or schedule unless the note says so; the paper's numbers stand in columns of their own.</p>
-<figure><img alt="{{ s.alt }}" src="data:image/png;base64,{{ s.picture }}">
-<figcaption>{{ s.alt }} Data: {{ s.credit }}.</figcaption></figure>
-<p><a href="{{ s.name }}.html">The executed notebook</a> · <a href="{{ s.name }}.csv">CSV</a> ·
-<a href="{{ s.name }}.md">Markdown</a> · <a href="{{ s.name }}.png">PNG</a> · <a href="{{ s.name }}.ipynb">ipynb</a></p></section>
+{% for p in s.pictures %}<figure><img alt="{{ p.alt }}" src="data:image/png;base64,{{ p.png }}">
+<figcaption>{{ p.alt }} Data: {{ s.credit }}. <a href="{{ p.file }}">PNG</a></figcaption></figure>
+{% endfor %}<p><a href="{{ s.name }}.html">The executed notebook</a> · <a href="{{ s.name }}.csv">CSV</a> ·
+<a href="{{ s.name }}.md">Markdown</a> · <a href="{{ s.name }}.ipynb">ipynb</a></p></section>
 {% endfor %}<section><h2>Where the numbers come from</h2><div class="wide">{{ origin }}</div></section>
 </body></html>
 """
 
 # %% ../nbs/70_report.ipynb #cell-25
-def html_table(
-    table: pd.DataFrame,
-) -> str:  # HTML
-    "Write a table as HTML whose header cells say what they head."
-    html = table.to_html(border=0, escape=True)
-    head, body = html.split("</thead>")
-    body = re.sub(r"<th(?=[ >])", '<th scope="row"', body)
-    return re.sub(r"<th(?=[ >])", '<th scope="col"', head) + "</thead>" + body
-
-
 def origin_table(
     results: Sequence[Result],
 ) -> pd.DataFrame:
@@ -315,7 +327,7 @@ def origin_table(
 # %% ../nbs/70_report.ipynb #cell-26
 def report_section(
     name: str,  # of the executed notebook in `out`
-    results: Sequence[Result],
+    results: Sequence[Result],  # that it rests on
     out: Path,
 ) -> dict[str, str | int]:  # what INDEX_PAGE fills in
     "Collect one table of the report from what its notebook left in `out`."
@@ -324,27 +336,30 @@ def report_section(
     return {
         "name": name, "title": escape(title), "question": escape(question.split("?")[0] + "?"),
         "banner": re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", escape(banner_text(results), quote=False)),
-        "table": html_table(modality_table(pd.read_csv(out / f"{name}.csv"))),
+        "table": (out / f"{name}.table.html").read_text(), "pictures": [read_picture(p) for p in sorted(out.glob(f"{name}*.png"))],
         "credit": escape(results[0].run.edition.credit), "n_val": results[0].record["n_val"],
         "n_seeds": "one seed, so no spread is known" if n_seeds == 1 else f"mean ± standard deviation of {n_seeds} seeds",
-        "picture": base64.b64encode((out / f"{name}.png").read_bytes()).decode(),
-        "alt": "RGB, near-infrared and labels of validation tiles beside what each model says yes to in each modality; "
-        "of several classes the highest is seen.",
     }  # fmt: skip
 
 
+def read_picture(path: Path) -> dict[str, str]:
+    "Give a picture as the page shows it: its bytes, and what is seen in it."
+    with Image.open(path) as image:
+        alt = escape(image.info.get("Description", path.stem))
+    return {"file": path.name, "alt": alt, "png": base64.b64encode(path.read_bytes()).decode()}
+
+
 def write_report(
-    names: Sequence[str],  # of executed notebooks in `out`
-    results: Sequence[Result],  # all that the report rests on
+    results: dict[str, list[Result]],  # executed notebook in `out` → what it rests on
     out: Path,
 ) -> Path:  # index.html
     "Write each executed notebook as a page, and the page that leads to them."
-    for name in names:
+    for name in results:
         (out / f"{name}.html").write_text(notebook_page(out / f"{name}.ipynb"))
     page = Environment().from_string(INDEX_PAGE).render(
-        sections=[report_section(name, results, out) for name in names],
-        origin=html_table(origin_table(list(dict.fromkeys(results)))),
-        version=results[0].record["versions"]["agrivision_repro"],
+        sections=[report_section(name, own, out) for name, own in results.items()],
+        origin=html_table(origin_table(list(dict.fromkeys(r for own in results.values() for r in own)))),
+        version=version("agrivision_repro"),
     )
     (out / "index.html").write_text(page)
     return out / "index.html"

@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import agrivision_repro
+from .backbones import NORMS
 from .runs import Run, Workspace, plan_run
 
 # %% auto #0
-__all__ = ['TABLES', 'table1', 'check_seeds', 'table_notebook', 'known_parameters', 'refuse_unknown']
+__all__ = ['TABLES', 'table1', 'check_seeds', 'fig2', 'table_notebook', 'known_parameters', 'refuse_unknown']
 
 # %% ../nbs/62_tables.ipynb #cell-05
 def table1(
@@ -38,10 +39,25 @@ def check_seeds(seeds: Sequence[int]) -> list[int]:
         raise ValueError(f"seeds are {list(seeds)}: wanted at least one, whole, different and not negative")
     return list(seeds)
 
-# %% ../nbs/62_tables.ipynb #cell-06
-TABLES: dict[str, Callable[..., list[Run]]] = {"table1_modality": table1}  # notebook → its Runs, in reading order
+# %% ../nbs/62_tables.ipynb #cell-07
+def fig2(
+    scale: str = "smoke",  # a key of `runs.SCALES`
+    data: str = "synthetic",  # a key of `data.EDITIONS`
+    seeds: Sequence[int] = (0,),  # one training of each kind a seed
+    lambda1: float = 1.0,  # weight of Dice in the loss (eq. 10)
+    lambda2: float = 1.0,  # weight of Lovász in the loss (eq. 10)
+) -> list[Run]:
+    "Train every net of Figure 2, and ours beyond it, on RGB and on NIR."
+    own = {"scale": scale, "data": data, "dice": float(lambda1), "lovasz": float(lambda2)}
+    return [plan_run(**own, channels=c, norm=norm, seed=seed) for seed in check_seeds(seeds) for norm in NORMS for c in ("rgb", "nir3")]
 
 # %% ../nbs/62_tables.ipynb #cell-09
+TABLES: dict[str, Callable[..., list[Run]]] = {  # notebook → its Runs, in reading order
+    "table1_modality": table1,
+    "fig2_divergence": fig2,
+}
+
+# %% ../nbs/62_tables.ipynb #cell-12
 def table_notebook(
     name: str,  # a key of `TABLES`
 ) -> Path:
@@ -52,7 +68,7 @@ def table_notebook(
         raise FileNotFoundError(f"{name}.ipynb is in no folder of the package: wanted one of {', '.join(TABLES)}")
     return found[0] / f"{name}.ipynb"
 
-# %% ../nbs/62_tables.ipynb #cell-11
+# %% ../nbs/62_tables.ipynb #cell-14
 def known_parameters(
     table: Callable[..., list[Run]],  # a value of `TABLES`
 ) -> set[str]:

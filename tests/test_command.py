@@ -117,7 +117,7 @@ def test_a_mistake_in_the_shell():
 def test_killed_and_started_again(tmp_path):
     "SIGKILL in the second training: the first is not repeated, and the report is made."
     out = tmp_path / "out"
-    words = [BIN / "agrivision", "reproduce", "--scale", "smoke", "--device", "cpu", "--out", out]
+    words = [BIN / "agrivision", "reproduce", "table1_modality", "--scale", "smoke", "--device", "cpu", "--out", out]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 120
     while len(list(out.glob("runs/*/run.json"))) < 2 and time.monotonic() < until:
@@ -136,7 +136,7 @@ def test_killed_and_started_again(tmp_path):
 
 def test_runs_from_any_folder(tmp_path):
     "The notebook is found, and relative --out is the caller's."
-    done = agrivision("reproduce", "--scale", "smoke", "--device", "cpu", "--out", "here", cwd=tmp_path)
+    done = agrivision("reproduce", "table1_modality", "--scale", "smoke", "--device", "cpu", "--out", "here", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "here" / "index.html").is_file()
     assert done.stdout.strip() == f"report: {tmp_path / 'here' / 'index.html'}"

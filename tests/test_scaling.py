@@ -127,7 +127,7 @@ def test_names_tell_runs_apart():
 
 def test_without_ray(monkeypatch, command, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
-    code, _, complaints = command("reproduce", "--scale", "smoke", "--out", tmp_path / "out", "--ray", "local")
+    code, _, complaints = command("reproduce", "table1_modality", "--scale", "smoke", "--out", tmp_path / "out", "--ray", "local")
     assert code == 2 and not (tmp_path / "out").exists()
     assert complaints == ["agrivision: Ray is not installed: pip install 'agrivision_repro[cluster]'"]
 
@@ -235,7 +235,9 @@ def test_the_command_names_what_failed(trained, command):
     state = trained.workspace.folder(broken) / "state" / "state.safetensors"
     state.parent.mkdir(parents=True)
     state.write_bytes(b"nothing")
-    code, text, complaints = command("reproduce", "--scale", "smoke", "--seeds", "1", "--out", trained.workspace.out, "--ray", "auto")
+    code, text, complaints = command(
+        "reproduce", "table1_modality", "--scale", "smoke", "--seeds", "1", "--out", trained.workspace.out, "--ray", "auto"
+    )
     assert code == 1 and text == "no table is complete: no report\n"
     assert len(complaints) == 1 and complaints[0].startswith("agrivision: ResNet101 on rgb, seed 1 failed: ValueError: ")
     assert "is not a whole safetensors file" in complaints[0]
