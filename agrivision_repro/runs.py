@@ -23,7 +23,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 import agrivision_repro
 from .backbones import check_choice
@@ -46,6 +46,7 @@ from agrivision_repro.training import (
     history_table,
     load_state,
     make_engine,
+    read_metadata,
     read_tensors,
     replace_file,
     save_state,
@@ -56,8 +57,8 @@ from agrivision_repro.training import (
 # %% auto #0
 __all__ = ['SCALES', 'CHECKPOINTS', 'PACK_UP_TO', 'Scale', 'find_scale', 'Run', 'plan_run', 'run_id', 'git', 'provenance',
            'write_json', 'read_json', 'Result', 'build_model', 'build_loss', 'thin_out', 'default_out', 'remove_empty',
-           'Workspace', 'hold', 'train_run', 'train_and_score', 'progress_of', 'is_held', 'show_age', 'list_runs',
-           'find_run', 'flatten', 'show_run', 'compare_runs', 'read_result', 'score_again']
+           'Workspace', 'hold', 'train_run', 'train_and_score', 'progress_of', 'saved_iteration', 'is_held', 'show_age',
+           'list_runs', 'find_run', 'flatten', 'show_run', 'compare_runs', 'read_result', 'score_again']
 
 # %% ../nbs/60_runs.ipynb #cell-05
 @dataclass(frozen=True)
@@ -425,13 +426,16 @@ def progress_of(folder: Path, record: dict) -> str:
     "Say how far a Run is."
     if (folder / "scores.json").is_file():
         return "finished"
-    iteration, state = 0, folder / "state" / "state.safetensors"
-    if state.is_file():
-        with suppress(OSError, SafetensorError), safe_open(state, "pt") as file:
-            iteration = int(file.metadata()["iteration"])
     recipe = Recipe(**record["run"]["recipe"])
     how = "training" if is_held(folder / ".lock") else "killed" if record["state"] == "training" else record["state"]
-    return f"{how}, saved at {iteration:,} of {recipe.iterations:,}"
+    return f"{how}, saved at {saved_iteration(folder):,} of {recipe.iterations:,}"
+
+
+def saved_iteration(folder: Path) -> int:
+    "Read how far the saved state of a Run is; 0 if there is none that can be read."
+    with suppress(OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return read_metadata(folder / "state" / "state.safetensors")["iteration"]
+    return 0
 
 
 def is_held(path: Path) -> bool:

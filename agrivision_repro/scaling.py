@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +22,6 @@ import pandas as pd
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,13 +29,13 @@ from .backbones import IMAGENET_URLS
 from .batches import CHANNELS, Batch
 from .deeplab import count_gmacs
 from .pack import open_split
-from .runs import CHECKPOINTS, Result, Run, Workspace, build_loss, build_model, provenance, read_json
+from .runs import CHECKPOINTS, Result, Run, Workspace, build_loss, build_model, provenance, read_json, saved_iteration
 from .training import Engine, Recipe, Trainer, make_engine
 
 # %% auto #0
 __all__ = ['PAPERS_DATA', 'ALONE', 'Extent', 'tiles_left', 'kind_of', 'gmacs_of', 'Pace', 'seconds_of', 'make_up_batch',
-           'time_steps', 'pace_all', 'find_data', 'measure_data', 'find_folder', 'saved_iteration', 'schedule',
-           'makespan', 'draw_schedule', 'name_runs', 'show_hours', 'Plan', 'estimate', 'progress', 'cost', 'list_notes',
+           'time_steps', 'pace_all', 'find_data', 'measure_data', 'find_folder', 'schedule', 'makespan',
+           'draw_schedule', 'name_runs', 'show_hours', 'Plan', 'estimate', 'progress', 'cost', 'list_notes',
            'Interrupted', 'train_one', 'share_of', 'need_ray', 'join_ray', 'find_listener', 'Outcome', 'train_on_ray',
            'work_of', 'submit', 'watch', 'in_one_line']
 
@@ -196,13 +195,6 @@ def find_folder(
     described = json.loads(json.dumps(asdict(run)))
     records = (path for path in workspace.out.glob("runs/*/run.json") if read_json(path)["run"] == described)
     return next((path.parent for path in records), None)
-
-
-def saved_iteration(folder: Path) -> int:
-    "Read how far the saved state of a Run is; 0 if there is none."
-    with suppress(OSError, SafetensorError), safe_open(folder / "state" / "state.safetensors", "pt") as file:
-        return int(file.metadata()["iteration"])
-    return 0
 
 # %% ../nbs/64_scaling.ipynb #cell-22
 def schedule(

@@ -5,6 +5,7 @@
 # %% ../nbs/50_training.ipynb #cell-02
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -32,9 +33,9 @@ from .norms import sync_norms
 # %% auto #0
 __all__ = ['RECIPES', 'PRECISIONS', 'COMPILE_FROM', 'METRICS', 'TTA', 'SAVE_EVERY', 'LOG_EVERY', 'Recipe', 'learning_rate',
            'has_bf16', 'check_device', 'Engine', 'make_engine', 'speed_up', 'compile_model', 'Trainer', 'history_table',
-           'draw_history', 'checksum', 'replace_file', 'save_tensors', 'read_tensors', 'save_state', 'load_state',
-           'Stopped', 'hear_signals', 'score', 'summarise', 'fit', 'agree', 'report_progress', 'check_finite',
-           'evaluate']
+           'draw_history', 'checksum', 'replace_file', 'save_tensors', 'read_tensors', 'read_metadata', 'save_state',
+           'load_state', 'Stopped', 'hear_signals', 'score', 'summarise', 'fit', 'agree', 'report_progress',
+           'check_finite', 'evaluate']
 
 # %% ../nbs/50_training.ipynb #cell-05
 @dataclass(frozen=True)
@@ -270,26 +271,33 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 def save_tensors(
     tensors: dict[str, Tensor],
     path: Path,
-    **metadata: object,
+    **metadata: int,
 ) -> None:
     "Write tensors, replacing the file in one step."
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    described = {"checksum": checksum(tensors), **{name: str(value) for name, value in metadata.items()}}
-    replace_file(path, lambda fresh: save_file(tensors, fresh, described))
+    described = json.dumps({"checksum": checksum(tensors), **metadata})
+    replace_file(path, lambda fresh: save_file(tensors, fresh, {"record": described}))  # one entry: several come in any order
 
 
 def read_tensors(
     path: Path,
-) -> tuple[dict[str, Tensor], dict[str, str]]:  # tensors and metadata
+) -> tuple[dict[str, Tensor], dict]:  # tensors and metadata
     "Read what `save_tensors` wrote; raises ValueError if it is anything else."
     try:
         with safe_open(path, "pt") as file:
-            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    except (OSError, SafetensorError) as error:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        metadata = read_metadata(path)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}): remove it, and its training starts anew") from error
-    if metadata.get("checksum") != checksum(tensors):
+    if metadata["checksum"] != checksum(tensors):
         raise ValueError(f"{path} is damaged, its checksum is not the one it was saved with: remove it, and its training starts anew")
     return tensors, metadata
+
+
+def read_metadata(path: Path) -> dict:
+    "Read what stands beside the tensors, without them."
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["record"])
 
 # %% ../nbs/50_training.ipynb #cell-25
 def save_state(trainer: Trainer, path: Path) -> None:
@@ -308,7 +316,7 @@ def load_state(
 ) -> None:
     "Go on where `save_state` stopped."
     tensors, metadata = read_tensors(path)
-    trainer.iteration, trainer.history = int(metadata["iteration"]), list(tensors.pop("history").to(trainer.engine.device))
+    trainer.iteration, trainer.history = metadata["iteration"], list(tensors.pop("history").to(trainer.engine.device))
     trainer.evaluations = [(int(t), score) for t, score in tensors.pop("evaluations").tolist()]
     trainer.bare_model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     for name, parameter in trainer.bare_model.named_parameters():
