@@ -82,7 +82,9 @@ def draw_figure2(scores: pd.DataFrame) -> Figure:
     for trained, name in zip(MODALITIES, ("RGB", "NIR"), strict=True):
         curves = own[own.trained_on == trained]
         panels[f"trained on {name}"] = {NETS[norm]: average_seeds(curves[curves.norm == norm]) for norm in NETS if norm in set(curves.norm)}
-    return draw_divergence(panels)
+    figure = draw_divergence(panels)
+    figure.set_dpi(72)  # on a page; files have more
+    return figure
 
 # %% ../nbs/68_figures.ipynb #cell-12
 def figure2_medians(
@@ -98,9 +100,11 @@ def figure2_medians(
     return pd.DataFrame(rows, columns=["trained_on", "norm", "seed", "median", "layers", "below"])
 
 
-def figure2_table(scores: pd.DataFrame) -> pd.DataFrame:  # text cells; rows: nets
+def figure2_table(
+    medians: pd.DataFrame,  # of `figure2_medians`
+) -> pd.DataFrame:  # text cells; rows: nets
     "Lay the medians out: mean ± standard deviation over seeds, and the layers below ResNet."
-    medians, columns = figure2_medians(scores), {}
+    columns = {}
     for trained, name in zip(MODALITIES, ("RGB", "NIR"), strict=True):
         for norm, own in medians[medians.trained_on == trained].groupby("norm"):
             spread = f" ± {own['median'].std():.2f}" if len(own) > 1 else ""
@@ -127,7 +131,7 @@ def draw_switch_weights(
     results: Sequence[Result],  # those with IBN-s are drawn, seeds averaged
 ) -> Figure:
     "Draw the shares of IN, LN and BN against depth."
-    fig, axes = plt.subplots(2, 2, figsize=(9, 4.6), dpi=100, sharex=True, sharey=True, layout="constrained")
+    fig, axes = plt.subplots(2, 2, figsize=(9, 4.6), dpi=72, sharex=True, sharey=True, layout="constrained")
     for column, (trained, name) in enumerate(zip(MODALITIES, ("RGB", "NIR"), strict=True)):
         tables = [switch_weights(r.model()) for r in results if (r.run.norm, r.run.channels) == ("ibn_s", trained)]
         shares = pd.concat(tables).groupby(["of", "depth"])[["IN", "LN", "BN"]].mean()
@@ -163,7 +167,7 @@ def rank_correlation(x: pd.Series, y: pd.Series) -> float:  # NaN of fewer than 
 
 def draw_relation(relation: pd.DataFrame) -> Figure:
     "Draw mIoU against divergence, on the own and the other modality."
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), dpi=100, layout="constrained")
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), dpi=72, layout="constrained")
     for ax, tested in zip(axes, ("own", "other"), strict=True):
         lines = []
         for trained, marker, name in (("rgb", "o", "RGB"), ("nir3", "^", "NIR")):

@@ -383,6 +383,8 @@ def train_run(run: Run, workspace: Workspace, engine: Engine, folder: Path, titl
             write_json(folder / "run.json", record)
 
     keep(state="training")
+    if accelerator.is_main_process:
+        print(f"{title}: {engine.device.type}, {engine.precision}, {trainer.speed}", file=sys.stderr)
     try:
         checkpoints = train_and_score(run, workspace, trainer, folder, title, keep)
     except (Exception, KeyboardInterrupt) as error:

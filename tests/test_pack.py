@@ -91,7 +91,7 @@ def test_killed_ten_times(tmp_path):
 def n_written(root: Path) -> int:
     "How many tiles a pack in the making, or the finished splits, hold."
     n_lines = sum(len(path.read_text().split("\n")) - 1 for path in (root / "packed").glob(".*.part/journal.jsonl"))
-    return n_lines + sum(len(PackedTiles(path.parent)) for path in (root / "packed").glob("*/index.json"))
+    return n_lines + sum(len(PackedTiles(path.parent)) for path in (root / "packed").glob("[!.]*/index.json"))
 
 
 @pytest.mark.parametrize("name", ["images.npy", "labels.npy", "index.json"])
