@@ -419,7 +419,7 @@ def train_and_score(run: Run, workspace: Workspace, trainer: Trainer, folder: Pa
     checkpoints = {}
     for name, iteration in iterations.items():
         trainer.bare_model.load_state_dict(read_tensors(folder / CHECKPOINTS[name])[0])
-        scores = {channels: score(trainer.model, test, trainer.engine) for channels, test in tests.items()}
+        scores = {channels: score(trainer.bare_model, test, trainer.engine) for channels, test in tests.items()}
         checkpoints[name] = {"iteration": iteration, "scores": scores}
     return checkpoints
 

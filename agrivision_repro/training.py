@@ -22,7 +22,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
 from .batches import INVERSE, Batch, Feed, SampleStream, scoring_loader, training_loader, turn
@@ -360,7 +360,7 @@ TTA = {"none": (0,), "d4": tuple(range(8))}  # elements of D4 whose logits are a
 
 @torch.no_grad()
 def score(
-    model: nn.Module,
+    model: nn.Module,  # bare: processes have different numbers of batches, and must not meet in each
     feed: Feed,
     engine: Engine,
     tta: str = "none",  # a key of `TTA`
@@ -453,7 +453,10 @@ def check_finite(trainer: Trainer, stream: SampleStream) -> None:
 
 def evaluate(trainer: Trainer, validation: Feed, best: Path) -> None:
     "Score the model as it is, and keep its weights if no earlier one was better."
-    mean = score(trainer.model, validation, trainer.engine)["multilabel"]["mean"]
+    if trainer.engine.accelerator.num_processes > 1:
+        for buffer in trainer.bare_model.buffers():  # a SwitchNorm's own in each process: the first one's are saved, so they are scored
+            distributed.broadcast(buffer, 0)
+    mean = score(trainer.bare_model, validation, trainer.engine)["multilabel"]["mean"]
     trainer.model.train()
     is_best = all(mean > earlier for _, earlier in trainer.evaluations)
     trainer.evaluations.append((trainer.iteration, mean))

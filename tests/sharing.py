@@ -64,15 +64,15 @@ def train(norm: str, loss: nn.Module, feed: Feed, engine: Engine, out: Path) -> 
     trainer.model.train()
     for batch in loader:
         trainer.step([batch])
-    scores = score(trainer.model, feed, engine)
+    scores = score(trainer.bare_model, feed, engine)
     if engine.accelerator.is_main_process:
         save_tensors(trainer.bare_model.state_dict() | {"history": torch.stack(trainer.history)}, out.with_suffix(".safetensors"))
         out.with_suffix(".json").write_text(json.dumps(scores))
 
 
 def train_small_models(out: Path, engine: Engine) -> None:
-    tiles = open_tiles("synthetic", write_farmland(out.parent / "farm", Farmland(32, 4, 1, 1)), "train")
-    feed = Feed([tiles[k] for k in range(13)], "rgbn", 7)  # a number that two do not divide
+    tiles = open_tiles("synthetic", write_farmland(out.parent / "farm", Farmland(32, 5, 1, 1)), "train")
+    feed = Feed([tiles[k] for k in range(17)], "rgbn", 7)  # one process scores two batches, the other one
     is_alone = engine.accelerator.num_processes == 1
     for norm in NORMS:
         train(norm, HybridLoss(0, 0), feed, engine, out / f"{norm}-bce")
