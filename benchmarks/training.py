@@ -20,7 +20,7 @@ from agrivision_repro.batches import SampleStream, training_loader
 from agrivision_repro.runs import Run, Workspace, build_loss, build_model, plan_run
 from agrivision_repro.training import SAVE_EVERY, Trainer, fit, learning_rate, make_engine
 
-STEPS = 25
+STEPS = 100
 
 
 class Loop:
@@ -70,7 +70,7 @@ if __name__ == "__main__":
             run = plan_run("laptop", "synthetic", norm=norm, channels="rgbn", lovasz=1.0)
             ways = {"bare": Bare(run, workspace), "loop": Loop(run, workspace, Path(folder))}
             seconds = {name: [] for name in ways}
-            for turn in range(max(given.rounds // 3, 3) + 1):
+            for turn in range(max(given.rounds // 8, 3) + 1):
                 for name, way in ways.items():
                     took = way.run(STEPS)
                     if turn:  # the first warms up
