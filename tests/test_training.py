@@ -33,18 +33,18 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def test_killed_twenty_times(tmp_path):
-    "Sixteen SIGKILLs and four SIGTERMs at random moments: weights, history and scores of an undisturbed training, bit by bit."
+    "Twenty SIGKILLs, then two SIGTERMs, at random moments: weights, history and scores of an undisturbed training, bit by bit."
     done = {
         n: subprocess.run(
             [sys.executable, HERE / "killing.py", tmp_path / n, n, "0"], env=ONE_THREAD, capture_output=True, text=True, check=True
         )
-        for n in ("0", "20")
+        for n in ("0", "22")
     }
-    assert int(done["20"].stdout) >= 15, done["20"].stderr  # killed while a training was under way
-    found, wanted = contents(tmp_path / "20"), contents(tmp_path / "0")
+    assert int(done["22"].stdout) >= 15, done["22"].stderr  # killed while a training was under way
+    found, wanted = contents(tmp_path / "22"), contents(tmp_path / "0")
     assert sorted(found) == ["best.safetensors", "history.csv", "scores.json", "weights.safetensors"]
     assert found == wanted
-    (folder,) = (tmp_path / "20").glob("runs/*")
+    (folder,) = (tmp_path / "22").glob("runs/*")
     assert not list(folder.glob("**/*.new")) and not (folder / "state").exists()
 
 
