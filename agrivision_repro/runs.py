@@ -416,12 +416,12 @@ def train_and_score(run: Run, workspace: Workspace, trainer: Trainer, folder: Pa
         replace_file(folder / "history.csv", history_table(trainer.history, trainer.loss).to_csv)
     keep(evaluations=trainer.evaluations)
     accelerator.wait_for_everyone()
-    checkpoints = {}
+    scores = {}
     for name, iteration in iterations.items():
-        trainer.bare_model.load_state_dict(read_tensors(folder / CHECKPOINTS[name])[0])
-        scores = {channels: score(trainer.bare_model, test, trainer.engine) for channels, test in tests.items()}
-        checkpoints[name] = {"iteration": iteration, "scores": scores}
-    return checkpoints
+        if iteration not in scores:  # the last weights may be the best
+            trainer.bare_model.load_state_dict(read_tensors(folder / CHECKPOINTS[name])[0])
+            scores[iteration] = {channels: score(trainer.bare_model, test, trainer.engine) for channels, test in tests.items()}
+    return {name: {"iteration": iteration, "scores": scores[iteration]} for name, iteration in iterations.items()}
 
 # %% ../nbs/60_runs.ipynb #cell-32
 def progress_of(folder: Path, record: dict) -> str:

@@ -30,7 +30,7 @@ from .batches import CHANNELS, Batch
 from .deeplab import count_gmacs
 from .pack import open_split
 from .runs import CHECKPOINTS, Result, Run, Workspace, build_loss, build_model, provenance, read_json, saved_iteration
-from .training import Engine, Recipe, Trainer, make_engine
+from .training import Engine, Recipe, Stopped, Trainer, make_engine
 
 # %% auto #0
 __all__ = ['PAPERS_DATA', 'ALONE', 'Extent', 'tiles_left', 'kind_of', 'gmacs_of', 'Pace', 'seconds_of', 'make_up_batch',
@@ -366,7 +366,7 @@ def train_one(
     workspace.save_every = save_every
     try:
         workspace.result(run)
-    except KeyboardInterrupt as stop:
+    except (Stopped, KeyboardInterrupt) as stop:
         raise Interrupted(f"stopped by {stop}; the same command goes on from its saved state") from stop
 
 # %% ../nbs/64_scaling.ipynb #cell-35

@@ -1,5 +1,6 @@
 "A plan tells what is to be paid; over Ray every Run ends, killed workers go on, and a Run that raises stops no other."
 
+import os
 import shutil
 import signal
 import sys
@@ -16,8 +17,19 @@ import torch
 
 from agrivision_repro import scaling
 from agrivision_repro.cli import main
-from agrivision_repro.runs import Workspace, plan_run, read_json
-from agrivision_repro.scaling import Pace, estimate, gmacs_of, kind_of, makespan, name_runs, saved_iteration, time_steps, train_on_ray
+from agrivision_repro.runs import Workspace, plan_run, read_json, saved_iteration
+from agrivision_repro.scaling import (
+    Interrupted,
+    Pace,
+    estimate,
+    gmacs_of,
+    kind_of,
+    makespan,
+    name_runs,
+    time_steps,
+    train_on_ray,
+    train_one,
+)
 from agrivision_repro.tables import table1
 from agrivision_repro.training import Trainer, make_engine, read_tensors
 
@@ -118,6 +130,23 @@ def test_names_tell_runs_apart():
         "ResNet101 on rgb, seed 0 (dice=0.0)",
         "ResNet101 on nir3, seed 0",
     ]
+
+
+def test_a_signal_to_a_worker_is_no_failure(tmp_path):
+    "A worker that a scheduler takes back has saved its Run's state, and says so in an error that is queued again."
+    run = plan_run("smoke", "synthetic")
+    run = replace(run, recipe=replace(run.recipe, decay=100_000))
+    folder = Workspace(tmp_path, device="cpu").folder(run)
+
+    def interrupt() -> None:
+        while not (folder / "state" / "state.safetensors").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(Interrupted, match="stopped by SIGTERM; the same command goes on from its saved state"):
+        train_one(run, {"out": str(tmp_path), "device": "cpu"}, 2, torch.get_num_threads())
+    assert saved_iteration(folder) > 0
 
 
 # --- Ray
