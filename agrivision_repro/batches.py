@@ -128,9 +128,7 @@ AUGMENTATIONS = ("none", "d4", "zoom_shift")  # as it is; one of eight turns; a 
 class Sample(NamedTuple):
     "One cut tile, or with a leading axis B a batch of them, still in bytes."
 
-    image: Tensor  # `(4, H, W)` uint8
-    labels: Tensor  # label bits, `(H, W)` uint8
-    valid: Tensor  # `(H, W)` bool
+    planes: Tensor  # R, G, B, NIR, label bits, valid, `(6, H, W)` uint8
     view: Tensor  # zoom and shift, still to be applied, `(3,)` float32
     index: int  # of the tile in its split
 
@@ -190,8 +188,7 @@ class SampleStream:
         rows, columns = (self.draw_window(rng, tile, n) for n in tile.labels.shape) if self.crop else (cut, cut)
         element = 0 if self.augmentation == "none" else int(rng.integers(8))
         view = draw_view(rng) if self.augmentation == "zoom_shift" else AS_IT_IS
-        planes = (turn(plane[..., rows, columns], element) for plane in (tile.image, tile.labels, tile.valid))
-        return Sample(*planes, view, index)
+        return Sample(turn(tile.planes[:, rows, columns], element), view, index)
 
     def draw_window(self, rng: np.random.Generator, tile: Tile, length: int) -> slice:
         "Place the crop on one axis."
@@ -216,24 +213,25 @@ def multi_hot(
 ) -> Tensor:  # `(B, C, H, W)` bool
     "Turn label bits into one mask a class."
     ones = reserve((len(bits), n_classes, *bits.shape[1:]), torch.uint8, bits.device)  # bytes of 0 and 1 are what a bool is
-    torch.clamp(bits, max=1, out=ones[:, 0]).bitwise_xor_(1)
-    for k in range(n_classes - 1):
-        torch.clamp(bits & 1 << k, max=1, out=ones[:, k + 1])
+    each = torch.tensor([(1 << n_classes - 1) - 1, *(1 << k for k in range(n_classes - 1))], dtype=torch.uint8, device=bits.device)
+    n_at_once = 1 if bits.device.type == "cpu" else len(bits)
+    for some, out in zip(bits[:, None].split(n_at_once), ones.split(n_at_once), strict=True):
+        torch.bitwise_and(some, each[:, None, None], out=out).clamp_(max=1)
+        out[:, 0].bitwise_xor_(1)
     return ones.view(torch.bool)
 
 # %% ../nbs/16_batches.ipynb #cell-27
-def look(samples: Sample) -> tuple[Tensor, Tensor, Tensor]:  # image, labels, valid
+def look(
+    planes: Tensor,  # `(B, 6, H, W)` uint8
+    view: Tensor,  # `(B, 3)` float32
+) -> Tensor:  # like `planes`
     "See each sample of a batch through its view."
-    image, labels, valid, view, _ = samples
     moved = (view != view.new_tensor(AS_IT_IS)).any(1).nonzero()[:, 0]
     if not len(moved):
-        return image, labels, valid
-    masks = torch.stack([labels, valid.to(labels.dtype)], 1)
-    image, masks = (
-        planes.index_copy(0, moved, zoom_and_shift(planes[moved], view[moved], mode))
-        for planes, mode in ((image, "bilinear"), (masks, "nearest"))
-    )
-    return image, masks[:, 0], masks[:, 1].bool()
+        return planes
+    image, masks = planes[moved].split([4, 2], 1)
+    seen = [zoom_and_shift(image, view[moved], "bilinear"), zoom_and_shift(masks, view[moved], "nearest")]
+    return planes.index_copy(0, moved, torch.cat(seen, 1))
 
 
 def make_batch(
@@ -244,8 +242,9 @@ def make_batch(
     statistics: Statistics = IMAGENET,
 ) -> Batch:
     "Move samples to the device, zoom and shift them, pick channels and unpack labels."
-    image, labels, valid = look(Sample(*(t.to(device, non_blocking=True) for t in samples)))
-    return Batch(select_channels(image, channels, statistics), multi_hot(labels, n_classes), valid, samples.index)
+    planes = look(*(t.to(device, non_blocking=True) for t in (samples.planes, samples.view)))
+    image, (labels, valid) = planes[:, :4], planes[:, 4:].unbind(1)
+    return Batch(select_channels(image, channels, statistics), multi_hot(labels, n_classes), valid.bool(), samples.index)
 
 # %% ../nbs/16_batches.ipynb #cell-28
 @dataclass(frozen=True)
@@ -289,14 +288,12 @@ def collate(
     n_samples: int,
 ) -> Sample:  # with a leading axis B
     "Join samples to a batch."
-    joined, rest = [], []
-    for k, (*planes, view, index) in enumerate(samples):
-        joined = joined or [recycler.take((n_samples, *plane.shape), plane.dtype) for plane in planes]
-        for plane, out in zip(planes, joined, strict=True):
-            copy_planes(plane, out[k])
-        rest.append((view, index))
-    views, indices = zip(*rest, strict=True)
-    return Sample(*map(torch.from_numpy, (*joined, np.array(views, np.float32), np.array(indices))))
+    joined, views, indices = None, np.empty((n_samples, 3), np.float32), np.empty(n_samples, np.int64)
+    for k, (planes, view, index) in enumerate(samples):
+        joined = recycler.take((n_samples, *planes.shape), np.uint8) if joined is None else joined
+        copy_planes(planes, joined[k])
+        views[k], indices[k] = view, index
+    return Sample(*map(torch.from_numpy, (joined, views, indices)))
 
 
 def copy_planes(
@@ -343,5 +340,4 @@ def scoring_loader(
 
 def whole_tile(tiles: Sequence[Tile], index: int) -> Sample:
     "Give one tile uncut, nothing to be applied."
-    tile = tiles[index]
-    return Sample(tile.image, tile.labels, tile.valid, AS_IT_IS, index)
+    return Sample(tiles[index].planes, AS_IT_IS, index)

@@ -37,9 +37,24 @@ class Tile:
     "One aerial image with its labels."
 
     name: str  # file name without its ending, e.g. `MQ894WR89_5269-8221-5781-8733`
-    image: np.ndarray  # R, G, B, NIR, `(4, H, W)` uint8
-    labels: np.ndarray  # bit k - 1 is set where class k is, `(H, W)` uint8
-    valid: np.ndarray  # pixels that are trained on and scored, `(H, W)` bool
+    planes: np.ndarray  # R, G, B, NIR, label bits, valid, `(6, H, W)` uint8
+
+    @classmethod
+    def of(cls, name: str, image: np.ndarray, labels: np.ndarray, valid: np.ndarray) -> Tile:
+        "Join the arrays that the properties below give back."
+        return cls(name, np.concatenate([image, labels[None], valid[None].view(np.uint8)]))
+
+    @property
+    def image(self) -> np.ndarray:  # R, G, B, NIR, `(4, H, W)` uint8
+        return self.planes[:4]
+
+    @property
+    def labels(self) -> np.ndarray:  # bit k - 1 is set where class k is, `(H, W)` uint8
+        return self.planes[4]
+
+    @property
+    def valid(self) -> np.ndarray:  # pixels that are trained on and scored, `(H, W)` bool
+        return self.planes[5].view(bool)
 
 # %% ../nbs/10_data.ipynb #cell-06
 def pack_labels(
@@ -252,16 +267,17 @@ class AgricultureVision(Tiles):
         return read_image(path, "RGB" if role == "rgb" else "L", size)
 
     def assemble(self, name: str, parts: dict[str, np.ndarray]) -> Tile:
-        image = np.empty((4, *parts["nir"].shape), np.uint8)
-        image[:3], image[3] = parts["rgb"].transpose(2, 0, 1), parts["nir"]
-        valid, labels = np.ones(image.shape[1:], bool), np.zeros(image.shape[1:], np.uint8)
+        tile = Tile(name, np.empty((6, *parts["nir"].shape), np.uint8))
+        tile.image[:3], tile.image[3] = parts["rgb"].transpose(2, 0, 1), parts["nir"]
+        tile.labels[:], tile.valid[:] = 0, True
+        valid = tile.valid
         for mask in self.mask_roles:
             valid &= parts[mask] == 255
         if self.label_roles:
-            labels = pack_labels([parts[c] == 255 for c in self.label_roles])
+            tile.labels[:] = pack_labels([parts[c] == 255 for c in self.label_roles])
         for c in self.unscored_roles:
-            valid &= (parts[c] != 255) | (labels > 0)
-        return Tile(name, image, labels, valid)
+            valid &= (parts[c] != 255) | (tile.labels > 0)
+        return tile
 
 # %% ../nbs/10_data.ipynb #cell-18
 class AgricultureVisionYears(AgricultureVision):
@@ -337,7 +353,7 @@ class UrbanTrees(Tiles):
     def assemble(self, name: str, parts: dict[str, np.ndarray]) -> Tile:
         pixels = parts["image"]
         labels = draw_disks(parts.get("points", np.zeros((0, 2))), pixels.shape[:2])
-        return Tile(name, pixels.transpose(2, 0, 1).copy(), labels.astype(np.uint8), np.ones(labels.shape, bool))
+        return Tile.of(name, pixels.transpose(2, 0, 1), labels.astype(np.uint8), np.ones(labels.shape, bool))
 
     def read_points(self, path: Path) -> np.ndarray:
         "Read tree centres `(N, 2)`."

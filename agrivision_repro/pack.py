@@ -45,10 +45,14 @@ def encode(
     return tile.labels.astype(dtype) | tile.valid * dtype.type(1 << 8 * dtype.itemsize - 1)
 
 
-def decode(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # labels uint8, valid bool, `(H, W)` each
+def decode(
+    codes: np.ndarray,  # `(H, W)`
+    planes: np.ndarray,  # receives labels and valid, `(2, H, W)` uint8
+) -> None:
     "Take them out again."
     top = codes.dtype.type(1 << 8 * codes.itemsize - 1)
-    return (codes & (top - 1)).astype(np.uint8), codes >= top
+    np.bitwise_and(codes, top - 1, out=planes[0], casting="unsafe")
+    np.greater_equal(codes, top, out=planes[1].view(bool))
 
 # %% ../nbs/14_pack.ipynb #cell-08
 class Counts(NamedTuple):
@@ -135,12 +139,16 @@ class PackedTiles(Sequence):
 
     def __getitem__(self, i: int) -> Tile:
         i = range(len(self))[i]
-        image, codes = self.images.read(i), self.labels.read(i)
+        tile = Tile(self.names[i], recycler.take((6, *self.shape), np.uint8))
+        codes = recycler.take(self.shape, self.dtype)
+        self.images.read(i, tile.image)
+        self.labels.read(i, codes)
         if not self.is_checked[i]:
-            if checksum(image, codes) != self.crc[i]:
+            if checksum(tile.image, codes) != self.crc[i]:
                 raise ValueError(f"tile {self.names[i]} in {self.folder} is damaged: {REPAIR}")
             self.is_checked[i] = True
-        return Tile(self.names[i], image, *decode(codes))
+        decode(codes, tile.planes[4:])
+        return tile
 
 
 REPAIR = "make the pack again with agrivision data pack"
@@ -148,7 +156,7 @@ REPAIR = "make the pack again with agrivision data pack"
 
 @dataclass(frozen=True)
 class Slots:
-    "The entries of an `.npy` file, each read into memory of its own: mapped pages would count as the process's."
+    "The entries of an `.npy` file, read and not mapped: mapped pages would count as the process's."
 
     path: Path
     shape: tuple[int, ...]  # of one entry
@@ -166,14 +174,12 @@ class Slots:
             raise ValueError(f"{path} is {found.shape} {found.dtype}, wanted {shape} {dtype}: {REPAIR}")
         return cls(path, shape[1:], dtype, found.offset)
 
-    def read(self, i: int) -> np.ndarray:
-        "Read the i-th entry."
-        entry = recycler.take(self.shape, self.dtype)
+    def read(self, i: int, entry: np.ndarray) -> None:
+        "Read the i-th entry into memory that fits."
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.start + i * entry.nbytes)
             if file.readinto(entry.reshape(-1).view(np.uint8)) < entry.nbytes:
                 raise ValueError(f"{self.path} ends before its entry {i}: {REPAIR}")
-        return entry
 
 # %% ../nbs/14_pack.ipynb #cell-12
 def checksum(image: np.ndarray, codes: np.ndarray) -> int:

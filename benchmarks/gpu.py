@@ -76,7 +76,7 @@ def random_tiles(n: int, side: int) -> list[Tile]:
     "Noise of the right size and type: a GPU's time does not depend on what it sees."
     rng = np.random.default_rng(0)
     images = rng.integers(0, 255, (n, 4, side, side), np.uint8)
-    return [Tile(f"noise {k}", image, image[3] >> 2 & 63, image[0] > 10) for k, image in enumerate(images)]
+    return [Tile.of(f"noise {k}", image, image[3] >> 2 & 63, image[0] > 10) for k, image in enumerate(images)]
 
 
 def train(run: Run, tiles: list[Tile], n_steps: int, device: str, precision: str, is_compiled: bool) -> dict:

@@ -69,10 +69,11 @@ def test_a_view_moves_labels_with_the_image(tiles):
     "Where a batch is valid, NIR's own label stays on it; outside there is no label and nothing valid."
     stream = SampleStream(tiles, 3, augmentation="zoom_shift")
     samples = next(training_loader(stream, 12, 0, 1))
-    marked = samples._replace(image=((samples.labels > 0) * 200).to(torch.uint8)[:, None].expand(-1, 4, -1, -1).contiguous())
-    before = marked.image.clone()
+    marked = samples._replace(planes=samples.planes.clone())
+    marked.planes[:, :4] = (samples.planes[:, 4:5] > 0) * 200
+    before = marked.planes.clone()
     batch = make_batch(marked, "rgbn", 7, statistics=Statistics((0.0,) * 4, (1 / 255,) * 4))
-    assert torch.equal(marked.image, before)  # the samples themselves are left alone
+    assert torch.equal(marked.planes, before)  # the samples themselves are left alone
     moved = (samples.view != torch.tensor([1.0, 0, 0])).any(1)
     assert 0 < moved.sum() < 12
     labelled = batch.targets[:, 1:].any(1)
