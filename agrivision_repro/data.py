@@ -149,6 +149,11 @@ class Tiles(Sequence):
         if not self.names:
             raise ValueError(f"{self.root} holds no tile of the split {split!r}: unpack the archive again")
 
+    @property
+    def fields(self) -> list[str]:
+        "Name the field that each tile was cut from, or the tile where it is its own."
+        return [field_of(name) if self.is_by_field else name for name in self.names]
+
     @classmethod
     def has_split(cls, root: Path, split: str) -> bool:
         "Say whether a data set has a split at all; one that it has may still be damaged."

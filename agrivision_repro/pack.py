@@ -123,6 +123,7 @@ class PackedTiles(Sequence):
         self.split, self.classes, self.is_labelled = index["split"], tuple(index["classes"]), index["is_labelled"]
         self.shape, self.dtype, self.fingerprint = tuple(index["shape"]), np.dtype(index["dtype"]), index["fingerprint"]
         self.names = [tile["name"] for tile in index["tiles"]]
+        self.fields = [tile["field"] for tile in index["tiles"]]  # that each tile was cut from
         self.place = {name: i for i, name in enumerate(self.names)}
         self.sizes = [{role: size for role, (size, _) in tile["files"].items()} for tile in index["tiles"]]
         self.counts = Counts.of(tile["counts"] for tile in index["tiles"])
@@ -218,7 +219,7 @@ def pack_tile(
     images[i], labels[i] = tile.image, encode(tile, labels.dtype)
     files = {role: path.read_bytes() for role, path in tiles.files(name).items()}
     sums = {role: (len(content), hashlib.blake2b(content, digest_size=8).hexdigest()) for role, content in files.items()}
-    known = {"name": name, "field": field_of(name) if tiles.is_by_field else name, "counts": tile_counts(tile, tiles.classes)}
+    known = {"name": name, "field": tiles.fields[i], "counts": tile_counts(tile, tiles.classes)}
     return {**known, "crc": checksum(images[i], labels[i]), "files": sums}
 
 # %% ../nbs/14_pack.ipynb #cell-15

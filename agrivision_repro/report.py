@@ -16,7 +16,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import torch
-from IPython.display import Markdown
+from IPython.display import HTML, Markdown
 from jinja2 import DictLoader, Environment
 from latex2mathml.converter import convert
 from matplotlib.figure import Figure
@@ -29,13 +29,15 @@ from .data import Tile, as_panels, pack_labels, paint_labels, unpack_labels
 from .paper import TABLE1
 from .pictures import show_panels
 from .runs import Result, Workspace, thin_out
+from .scaling import PAPERS_DATA, gmacs_of, kind_of, name_runs
 from .training import METRICS, Recipe
 
 # %% auto #0
-__all__ = ['MODALITY', 'METRIC', 'NOTEBOOK_PAGE', 'MATH', 'INDEX_PAGE', 'banner_text', 'banner', 'modality_scores', 'spread',
-           'show_score', 'modality_table', 'show_paper', 'predict_labels', 'most_varied', 'modality_picture',
-           'to_markdown', 'html_table', 'save_table', 'save_picture', 'stash_math', 'notebook_page', 'notebook_title',
-           'origin_table', 'report_section', 'read_picture', 'write_report']
+__all__ = ['MODALITY', 'METRIC', 'LATEX', 'LATEX_TABLE', 'NOTEBOOK_PAGE', 'MATH', 'INDEX_PAGE', 'banner_text', 'banner',
+           'modality_scores', 'spread', 'show_score', 'modality_table', 'show_paper', 'predict_labels', 'most_varied',
+           'modality_picture', 'to_markdown', 'html_table', 'to_latex', 'save_table', 'save_picture', 'stash_math',
+           'notebook_page', 'notebook_title', 'origin_table', 'report_section', 'basis_text', 'read_picture',
+           'write_report']
 
 # %% ../nbs/70_report.ipynb #cell-05
 def banner_text(
@@ -182,37 +184,62 @@ def html_table(
     caption: str = "",  # what the numbers are
 ) -> str:  # HTML
     "Write a table as HTML whose header cells say what they head."
-    html = table.to_html(border=0, escape=True)
+    html = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", table.to_html(border=0, escape=True))
     html = html.replace(">", f"><caption>{escape(caption)}</caption>", 1) if caption else html
     head, body = html.split("</thead>")
     body = re.sub(r"<th(?=[ >])", '<th scope="row"', body)
     return re.sub(r"<th(?=[ >])", '<th scope="col"', head) + "</thead>" + body
 
 
+LATEX = {"λ": r"$\lambda$", "±": r"$\pm$", "×": r"$\times$", "≥": r"$\ge$", "−": "$-$", "–": "--", "²": "$^2$", "…": r"\dots{}"}
+LATEX_TABLE = r"""\begin{table}
+\centering
+\caption{%s}\label{tab:%s}
+\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%%
+%s}
+\end{table}
+"""
+
+
+def to_latex(
+    table: pd.DataFrame,
+    caption: str = "",
+    label: str = "",
+) -> str:  # for the packages booktabs and graphicx
+    "Write a table of texts as LaTeX, as wide as the page at most."
+    flat = table.reset_index(names=[""] * table.index.nlevels) if table.index.nlevels == 1 else table.reset_index()
+    flat.columns = ["" if str(c).startswith("level_") else str(c) for c in flat.columns]
+    cells = re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", flat.astype(str).to_latex(index=False, escape=True))
+    whole = LATEX_TABLE % (re.sub(r"([&%$#_{}])", r"\\\1", caption), label, cells)
+    return "".join(LATEX.get(c, c) for c in whole)
+
+
 def save_table(
-    name: str,  # of the files, without ending
+    name: str,  # of the files, without ending; the report shows a notebook's `NAME` and `NAME-…`
     numbers: pd.DataFrame,  # goes into the CSV file
-    shown: pd.DataFrame,  # goes into the Markdown file and the report, and is returned
+    shown: pd.DataFrame,  # texts, the best between `**`: for Markdown, LaTeX and the report
     workspace: Workspace,
     caption: str,  # what the numbers are
-) -> pd.DataFrame:
-    "Keep a table as numbers (CSV), as text (Markdown) and for the report (HTML)."
+) -> HTML:  # for a notebook
+    "Keep a table as numbers (CSV), as text (Markdown, LaTeX) and for the report (HTML)."
     workspace.out.mkdir(parents=True, exist_ok=True)
     numbers.to_csv(workspace.out / f"{name}.csv", index=False)
-    (workspace.out / f"{name}.md").write_text(to_markdown(shown))
-    (workspace.out / f"{name}.table.html").write_text(html_table(shown, caption))
-    return shown
+    html = html_table(shown, caption)
+    for ending, text in {"md": to_markdown(shown), "tex": to_latex(shown, caption, name), "table.html": html}.items():
+        (workspace.out / f"{name}.{ending}").write_text(text)
+    return HTML(html)
 
 
 def save_picture(
-    name: str,  # of the file; the report shows a notebook's `NAME.png` and `NAME-….png`
+    name: str,  # of the files; the report shows a notebook's `NAME.png` and `NAME-….png`
     figure: Figure,
     workspace: Workspace,
     alt: str,  # what is seen, for those who do not see it; kept in the file
 ) -> Figure:
-    "Keep a picture as PNG."
+    "Keep a picture as PNG and PDF."
     workspace.out.mkdir(parents=True, exist_ok=True)
     figure.savefig(workspace.out / f"{name}.png", dpi=120, metadata={"Description": alt})
+    figure.savefig(workspace.out / f"{name}.pdf", metadata={"Subject": alt})
     return figure
 
 # %% ../nbs/70_report.ipynb #cell-20
@@ -292,74 +319,98 @@ figure { margin: 1.2rem 0; } figcaption, .small { font-size: .88rem; opacity: .8
 </style></head><body>
 <h1>Reducing the feature divergence of RGB and near-infrared images using Switchable Normalization</h1>
 <p>Yang, Yu, Zhao and Wang, CVPR Workshops 2020, rerun by agrivision_repro {{ version }}.</p>
-{% for s in sections %}<section><h2>{{ s.title }}</h2>
-<p>{{ s.question }}</p>
-<p class="note">{{ s.banner }}</p>
-<div class="wide">{{ s.table }}</div>
-<p class="small">{{ s.n_val }} validation tiles, last checkpoint, no test-time augmentation; {{ s.n_seeds }}.
-Not the paper's data or schedule unless the note says so; the paper's numbers stand in columns of their own.</p>
-{% for p in s.pictures %}<figure><img alt="{{ p.alt }}" src="data:image/png;base64,{{ p.png }}">
-<figcaption>{{ p.alt }} Data: {{ s.credit }}. <a href="{{ p.file }}">PNG</a></figcaption></figure>
-{% endfor %}<p><a href="{{ s.name }}.html">The executed notebook</a> · <a href="{{ s.name }}.csv">CSV</a> ·
-<a href="{{ s.name }}.md">Markdown</a> · <a href="{{ s.name }}.ipynb">ipynb</a></p></section>
-{% endfor %}<section><h2>Where the numbers come from</h2><div class="wide">{{ origin }}</div></section>
+<nav><p>{% for s in sections %}<a href="#{{ s.name }}">{{ s.title }}</a>{{ " · " if not loop.last }}{% endfor %}</p></nav>
+{% for s in sections %}<section id="{{ s.name }}"><h2>{{ s.title }}</h2>
+{% if s.error %}<p class="note"><strong>It failed:</strong> {{ s.error }}</p>
+{% else %}<p>{{ s.question }}</p>
+{% if s.banner %}<p class="note">{{ s.banner }}</p>
+{% endif %}{% for t in s.tables %}<div class="wide">{{ t.html }}</div>
+<p class="small"><a href="{{ t.name }}.csv">CSV</a> · <a href="{{ t.name }}.md">Markdown</a> · <a href="{{ t.name }}.tex">LaTeX</a></p>
+{% endfor %}{% if s.basis %}<p class="small">{{ s.basis }} The paper's numbers stand in columns of their own.</p>
+{% endif %}{% for p in s.pictures %}<figure><img alt="{{ p.alt }}" src="data:image/png;base64,{{ p.png }}">
+<figcaption>{{ p.alt }}{% if s.credit %} Data: {{ s.credit }}.{% endif %}
+<a href="{{ p.name }}.png">PNG</a> · <a href="{{ p.name }}.pdf">PDF</a></figcaption></figure>
+{% endfor %}<p><a href="{{ s.name }}.html">The executed notebook</a> · <a href="{{ s.name }}.ipynb">ipynb</a></p>
+{% endif %}</section>
+{% endfor %}{% if origin %}<section id="origin"><h2>Where the numbers come from</h2>
+<div class="wide">{{ origin }}</div></section>{% endif %}
 </body></html>
 """
 
 # %% ../nbs/70_report.ipynb #cell-25
 def origin_table(
-    results: Sequence[Result],
+    results: dict[str, Sequence[Result]],  # table → what it rests on
+    workspace: Workspace,
 ) -> pd.DataFrame:
-    "List what made each result: folder, commit, device, time."
-    rows = {
-        r.record["title"]: {
-            "folder": f"runs/{r.folder.name}",
-            "commit": (r.record["commit"][:10] or "installed package") + (" + changes" if r.record["is_dirty"] else ""),
-            "device": r.record["device"],
+    "List every training: what needs it, what it cost, and what made it."
+    unique = list(dict.fromkeys(r for own in results.values() for r in own))
+    rows = {}
+    for r, title in zip(unique, name_runs([r.run for r in unique]), strict=True):
+        rows[title] = {
+            "for": ", ".join(name.split("_")[0] for name, own in results.items() if r in own),
+            "GMACs a tile": f"{gmacs_of(kind_of(r.run), r.run.recipe.crop or PAPERS_DATA.side):.3g}",
             "seconds": r.record["seconds"],
             "tiles (train, val)": f"{r.record['n_train']}, {r.record['n_val']}",
+            "data": f"{r.run.data} {workspace.identify(r.run.data, r.run.farm)}",
+            "device": f"{r.record['device']}, {r.record['precision']}",
+            "commit": (r.record["commit"][:10] or "installed package") + (" + changes" if r.record["is_dirty"] else ""),
             "torch": r.record["versions"]["torch"],
+            "folder": f"runs/{r.folder.name}",
         }
-        for r in results
-    }
     return pd.DataFrame(rows).T
 
 # %% ../nbs/70_report.ipynb #cell-26
 def report_section(
     name: str,  # of the executed notebook in `out`
-    results: Sequence[Result],  # that it rests on
+    results: Sequence[Result],  # that it rests on; may be none
     out: Path,
-) -> dict[str, str | int]:  # what INDEX_PAGE fills in
+) -> dict:  # what INDEX_PAGE fills in
     "Collect one table of the report from what its notebook left in `out`."
     title, question = notebook_title(nbformat.read(out / f"{name}.ipynb", as_version=4))
-    n_seeds = len({r.run.seed for r in results})
+    tables = sorted(out.glob(f"{name}.table.html")) + sorted(out.glob(f"{name}-*.table.html"))
     return {
         "name": name, "title": escape(title), "question": escape(question.split("?")[0] + "?"),
-        "banner": re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", escape(banner_text(results), quote=False)),
-        "table": (out / f"{name}.table.html").read_text(), "pictures": [read_picture(p) for p in sorted(out.glob(f"{name}*.png"))],
-        "credit": escape(results[0].run.edition.credit), "n_val": results[0].record["n_val"],
-        "n_seeds": "one seed, so no spread is known" if n_seeds == 1 else f"mean ± standard deviation of {n_seeds} seeds",
+        "banner": re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", escape(banner_text(results), quote=False)) if results else "",
+        "tables": [{"name": p.name.removesuffix(".table.html"), "html": p.read_text()} for p in tables],
+        "pictures": [read_picture(p) for p in sorted(out.glob(f"{name}.png")) + sorted(out.glob(f"{name}-*.png"))],
+        "basis": basis_text(results) if results else "", "credit": escape(results[0].run.edition.credit) if results else "",
     }  # fmt: skip
+
+
+def basis_text(results: Sequence[Result]) -> str:
+    "Say what scores rest on: tiles, checkpoint, seeds, time, device."
+    n_seeds, record = len({r.run.seed for r in results}), results[0].record
+    seeds = "one seed, so no spread is known" if n_seeds == 1 else f"mean ± standard deviation of {n_seeds} seeds"
+    devices, seconds = dict.fromkeys(r.record["device"] for r in results), sum(r.record["seconds"] for r in results)
+    return (
+        f"{record['n_val']} validation tiles, last checkpoint, no test-time augmentation; {seeds}. {len(results)} trainings, "
+        f"{seconds:,.0f} s on {' and '.join(map(escape, devices))}."
+    )
 
 
 def read_picture(path: Path) -> dict[str, str]:
     "Give a picture as the page shows it: its bytes, and what is seen in it."
     with Image.open(path) as image:
         alt = escape(image.info.get("Description", path.stem))
-    return {"file": path.name, "alt": alt, "png": base64.b64encode(path.read_bytes()).decode()}
+    return {"name": path.stem, "alt": alt, "png": base64.b64encode(path.read_bytes()).decode()}
 
 
 def write_report(
     results: dict[str, list[Result]],  # executed notebook in `out` → what it rests on
-    out: Path,
+    workspace: Workspace,
+    failures: dict[str, str] | None = None,  # notebook → why there is none
 ) -> Path:  # index.html
-    "Write each executed notebook as a page, and the page that leads to them."
-    for name in results:
+    "Write each executed notebook as a page, and the page that leads to them; what failed is named in its place."
+    out, failures, sections = workspace.out, failures or {}, []
+    for name, own in results.items():
+        if name in failures:
+            sections.append({"name": name, "title": name, "error": escape(failures[name])})
+            continue
         (out / f"{name}.html").write_text(notebook_page(out / f"{name}.ipynb"))
+        sections.append(report_section(name, own, out))
+    has_any = any(results.values())
     page = Environment().from_string(INDEX_PAGE).render(
-        sections=[report_section(name, own, out) for name, own in results.items()],
-        origin=html_table(origin_table(list(dict.fromkeys(r for own in results.values() for r in own)))),
-        version=version("agrivision_repro"),
+        sections=sections, version=version("agrivision_repro"), origin=html_table(origin_table(results, workspace)) if has_any else ""
     )
     (out / "index.html").write_text(page)
     return out / "index.html"

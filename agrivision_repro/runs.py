@@ -121,10 +121,14 @@ class Run:
         return ("rgb", "nir3") if len(CHANNELS[self.channels]) == 3 else (self.channels,)
 
     @property
+    def net(self) -> str:
+        "Name the backbone as the paper does."
+        return {"bn": f"ResNet{self.depth}"}.get(self.norm, f"IBN-Net{self.depth}-{self.norm[-1]}")
+
+    @property
     def title(self) -> str:
         "Name the Run for a progress bar."
-        net = {"bn": f"ResNet{self.depth}"}.get(self.norm, f"IBN-Net{self.depth}-{self.norm[-1]}")
-        return f"{net} on {self.channels}, seed {self.seed}"
+        return f"{self.net} on {self.channels}, seed {self.seed}"
 
 # %% ../nbs/60_runs.ipynb #cell-11
 def plan_run(
@@ -283,6 +287,15 @@ class Workspace:
         self.save_every = SAVE_EVERY  # iterations between states of a training
         for name in ("open", "counts", "identify"):
             setattr(self, name, lru_cache(getattr(self, name)))  # once a workspace
+
+    def places(self) -> dict[str, str]:
+        "Give what makes an equal workspace in another process or a notebook."
+        return {"out": str(self.out), "data_root": str(self.data_root or ""), "device": self.device, "precision": self.precision}
+
+    @property
+    def on_gpu(self) -> bool:
+        "Tell whether trainings run on a GPU here."
+        return self.device == "auto" and torch.accelerator.is_available()
 
     def root(self, data: str, farm: Farmland | None) -> Path:
         "Find the folder of a data set, making it first where it is synthetic."

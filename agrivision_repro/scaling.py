@@ -37,7 +37,7 @@ __all__ = ['PAPERS_DATA', 'ALONE', 'Extent', 'tiles_left', 'kind_of', 'gmacs_of'
            'time_steps', 'pace_all', 'find_data', 'measure_data', 'find_folder', 'schedule', 'makespan',
            'draw_schedule', 'name_runs', 'show_hours', 'Plan', 'estimate', 'progress', 'cost', 'list_notes',
            'Interrupted', 'train_one', 'share_of', 'need_ray', 'join_ray', 'find_listener', 'Outcome', 'train_on_ray',
-           'work_of', 'submit', 'watch', 'in_one_line']
+           'outcome_of', 'work_of', 'submit', 'watch', 'in_one_line']
 
 # %% ../nbs/64_scaling.ipynb #cell-05
 class Extent(NamedTuple):
@@ -357,13 +357,14 @@ def train_one(
     places: dict,  # arguments of `Workspace`
     save_every: int,  # iterations between states
     n_threads: int,
+    trackers: Sequence = (),  # Accelerate's
 ) -> None:
-    "Train a Run in a worker of Ray."
+    "Train a Run in a process that does nothing else."
     for name in ALONE:  # a worker is one process by itself, whatever started its cluster
         os.environ.pop(name, None)
     torch.set_num_threads(n_threads)
     workspace = Workspace(**places)
-    workspace.save_every = save_every
+    workspace.save_every, workspace.trackers = save_every, trackers
     try:
         workspace.result(run)
     except (Stopped, KeyboardInterrupt) as stop:
@@ -448,9 +449,14 @@ def train_on_ray(
     if todo:
         with join_ray(address, **options) as ray:
             failures = watch(ray, submit(ray, todo, workspace, max_retries))
-    results = {run: result for run in unique if (result := workspace.finished(run)) is not None}
+    return outcome_of(unique, workspace, failures)
+
+
+def outcome_of(runs: Sequence[Run], workspace: Workspace, failures: dict[Run, str]) -> Outcome:
+    "Collect what is finished, and why the rest is not."
+    results = {run: result for run in runs if (result := workspace.finished(run)) is not None}
     unseen = "it ended, but not in a folder that is seen here: name an --out that all machines share"
-    return Outcome(results, {run: failures.get(run, unseen) for run in unique if run not in results})
+    return Outcome(results, {run: failures.get(run, unseen) for run in runs if run not in results})
 
 
 def work_of(run: Run) -> float:  # 10⁹ multiply-adds, forward
@@ -464,8 +470,7 @@ def submit(ray: ModuleType, runs: Sequence[Run], workspace: Workspace, max_retri
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     n_gpus, n_cores = share_of(machines, len(runs), wants_gpu=workspace.device != "cpu")
     n_threads = max(n_cores, 1)
-    places = {"out": str(workspace.out), "data_root": str(workspace.data_root or "")}
-    places |= {"device": workspace.device, "precision": workspace.precision}
+    places = workspace.places()
     environment = {"OMP_NUM_THREADS": str(n_threads), "TQDM_MININTERVAL": "60"}  # a line a minute in a worker's log
     how = {"num_gpus": n_gpus, "num_cpus": n_cores, "runtime_env": {"env_vars": environment}}
     how |= {"max_retries": max_retries, "retry_exceptions": [Interrupted]}

@@ -15,7 +15,8 @@ from .backbones import NORMS
 from .runs import Run, Workspace, plan_run
 
 # %% auto #0
-__all__ = ['TABLES', 'table1', 'check_seeds', 'fig2', 'table_notebook', 'known_parameters', 'refuse_unknown']
+__all__ = ['TABLES', 'table1', 'check_seeds', 'fig2', 'table2', 'table3', 'fig3', 'all_runs', 'no_runs', 'table_notebook',
+           'known_parameters', 'refuse_unknown']
 
 # %% ../nbs/62_tables.ipynb #cell-05
 def table1(
@@ -51,13 +52,67 @@ def fig2(
     own = {"scale": scale, "data": data, "dice": float(lambda1), "lovasz": float(lambda2)}
     return [plan_run(**own, channels=c, norm=norm, seed=seed) for seed in check_seeds(seeds) for norm in NORMS for c in ("rgb", "nir3")]
 
-# %% ../nbs/62_tables.ipynb #cell-09
+# %% ../nbs/62_tables.ipynb #cell-10
+def table2(
+    scale: str = "smoke",  # a key of `runs.SCALES`
+    data: str = "synthetic",  # a key of `data.EDITIONS`
+    seeds: Sequence[int] = (0,),  # one training of each kind a seed
+) -> list[Run]:
+    "Train all eight backbones with BCE + Dice on NRGB; beyond the paper the best one on other channels."
+    nets = [(depth, norm, "rgbn") for depth in (50, 101) for norm in NORMS] + [(101, "ibn_s", c) for c in ("rgbr", "rgb", "nir3")]
+    return [plan_run(scale, data, seed=s, depth=d, norm=n, channels=c) for s in check_seeds(seeds) for d, n, c in nets]
+
+
+def table3(
+    scale: str = "smoke",  # a key of `runs.SCALES`
+    data: str = "synthetic",  # a key of `data.EDITIONS`
+    seeds: Sequence[int] = (0,),  # one training of each kind a seed
+) -> list[Run]:
+    "Train IBN-Net101-a on NRGB with each loss; beyond the paper, its best model."
+    weights = [(float(dice), float(lovasz)) for lovasz in (0, 1) for dice in (0, 1)]
+    own = [plan_run(scale, data, norm="ibn_a", seed=seed, dice=d, lovasz=lv) for seed in check_seeds(seeds) for d, lv in weights]
+    return own + fig3(scale, data, seeds)
+
+
+def fig3(
+    scale: str = "smoke",  # a key of `runs.SCALES`
+    data: str = "synthetic",  # a key of `data.EDITIONS`
+    seeds: Sequence[int] = (0,),  # one training a seed; the first is drawn
+) -> list[Run]:
+    "Train IBN-Net101-s with the hybrid loss: the model of Figure 3."
+    return [plan_run(scale, data, norm="ibn_s", seed=seed, lovasz=1.0) for seed in check_seeds(seeds)]
+
+# %% ../nbs/62_tables.ipynb #cell-13
+def all_runs(
+    scale: str = "smoke",  # a key of `runs.SCALES`
+    data: str = "synthetic",  # a key of `data.EDITIONS`
+    seeds: Sequence[int] = (0,),  # one training of each kind a seed
+    lambda1: float = 1.0,  # weight of Dice in the loss of Table 1 and Figure 2 (eq. 10)
+    lambda2: float = 1.0,  # weight of Lovász in it
+) -> list[Run]:
+    "Name every training of the paper, and ours beyond it, once."
+    hybrid = {"lambda1": lambda1, "lambda2": lambda2}
+    both = table1(scale, data, seeds, **hybrid) + fig2(scale, data, seeds, **hybrid)
+    return list(dict.fromkeys(both + table2(scale, data, seeds) + table3(scale, data, seeds)))
+
+
+def no_runs() -> list[Run]:
+    "Train nothing."
+    return []
+
+# %% ../nbs/62_tables.ipynb #cell-15
 TABLES: dict[str, Callable[..., list[Run]]] = {  # notebook → its Runs, in reading order
+    "claims": all_runs,
     "table1_modality": table1,
+    "table2_backbones": table2,
+    "table3_losses": table3,
+    "fig1_blocks": no_runs,
     "fig2_divergence": fig2,
+    "fig3_predictions": fig3,
+    "fig_schedule": no_runs,
 }
 
-# %% ../nbs/62_tables.ipynb #cell-12
+# %% ../nbs/62_tables.ipynb #cell-18
 def table_notebook(
     name: str,  # a key of `TABLES`
 ) -> Path:
@@ -68,7 +123,7 @@ def table_notebook(
         raise FileNotFoundError(f"{name}.ipynb is in no folder of the package: wanted one of {', '.join(TABLES)}")
     return found[0] / f"{name}.ipynb"
 
-# %% ../nbs/62_tables.ipynb #cell-14
+# %% ../nbs/62_tables.ipynb #cell-20
 def known_parameters(
     table: Callable[..., list[Run]],  # a value of `TABLES`
 ) -> set[str]:
