@@ -22,7 +22,7 @@ __all__ = ['app', 'ScaleName', 'RunData', 'DataRoot', 'Out', 'Device', 'Precisio
            'DataName', 'Workers', 'AsJson', 'agrivision', 'read_value', 'check_type', 'read_parameters', 'run_notebook',
            'choose_tables', 'reproduce', 'read_seeds', 'plan_table', 'train_over_ray', 'plan', 'change_fields', 'train',
            'leave_processes', 'runs', 'show_one', 'compare', 'score', 'check', 'stats', 'show', 'pack', 'unpack',
-           'main', 'say_stopped']
+           'fetch', 'main', 'say_stopped']
 
 # %% ../nbs/72_cli.ipynb #cell-05
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
@@ -371,6 +371,22 @@ def unpack(
     from agrivision_repro.check import unpack_archive
 
     print(unpack_archive(archive, folder))
+
+# %% ../nbs/72_cli.ipynb #cell-25-fetch
+@data_app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="naip-trees: the one that is open to all.")],
+    folder: Annotated[Path, typer.Option("--out", "-o", help="A new folder; one that is whole already is kept.")] = Path("naip-trees"),
+    source: Annotated[str, typer.Option(help="A copy of your own: a folder, an archive, or the URL of one. None: GitHub.")] = "",
+    workers: Workers = 0,
+):
+    "Download an open data set, prove every file of it by its git commit, and check it."
+    if name != "naip-trees":
+        raise ValueError(f"{name!r} cannot be fetched: wanted naip-trees; Agriculture-Vision comes from its makers, on request")
+    from agrivision_repro.fetch import fetch_naip_trees
+
+    report = fetch_naip_trees(folder, source, n_workers=workers, shows_progress=True)
+    raise typer.Exit(0 if report.is_trustworthy else 1)
 
 # %% ../nbs/72_cli.ipynb #cell-28
 def main() -> None:
