@@ -19,10 +19,10 @@ import typer
 
 # %% auto #0
 __all__ = ['app', 'ScaleName', 'RunData', 'DataRoot', 'Out', 'Device', 'Precision', 'runs_app', 'RunId', 'data_app', 'Root',
-           'DataName', 'Workers', 'AsJson', 'agrivision', 'read_value', 'check_type', 'read_parameters', 'run_notebook',
-           'choose_tables', 'reproduce', 'read_seeds', 'plan_table', 'train_over_ray', 'plan', 'change_fields', 'train',
-           'leave_processes', 'runs', 'show_one', 'compare', 'score', 'check', 'stats', 'show', 'pack', 'unpack',
-           'fetch', 'main', 'say_stopped']
+           'DataName', 'Workers', 'AsJson', 'agrivision', 'read_value', 'check_type', 'read_parameters',
+           'notebook_parameters', 'run_notebook', 'run_notebooks', 'choose_tables', 'reproduce', 'read_seeds',
+           'plan_tables', 'train_all', 'refuse_hopeless', 'plan', 'change_fields', 'train', 'leave_processes', 'runs',
+           'show_one', 'compare', 'score', 'check', 'stats', 'show', 'pack', 'unpack', 'fetch', 'main', 'say_stopped']
 
 # %% ../nbs/72_cli.ipynb #cell-05
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
@@ -58,34 +58,67 @@ def check_type(value, like, pair: str):  # the value
 
 def read_parameters(
     pairs: list[str],  # `NAME=VALUE`
-    path: Path,  # the notebook
+    known: dict,  # name → default
 ) -> dict:
-    "Read parameters for a notebook, refusing what it does not know."
-    from papermill import inspect_notebook
-
-    known = {name: ast.literal_eval(p["default"]) for name, p in inspect_notebook(str(path)).items()}
+    "Read parameters for notebooks, refusing what they do not know."
     given = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or name not in known:
-            raise ValueError(f"unknown parameter {pair!r}: {path.stem} knows {', '.join(known)}, each as NAME=VALUE")
+            raise ValueError(f"unknown parameter {pair!r}: the notebooks know {', '.join(known)}, each as NAME=VALUE")
         given[name] = check_type(read_value(text), known[name], pair)
     return given
+
+
+def notebook_parameters(
+    name: str,  # of a table
+) -> dict:  # name → default
+    "List what a table notebook can be told."
+    from papermill import inspect_notebook
+
+    from agrivision_repro.tables import table_notebook
+
+    return {k: ast.literal_eval(p["default"]) for k, p in inspect_notebook(str(table_notebook(name))).items()}
 
 # %% ../nbs/72_cli.ipynb #cell-10
 def run_notebook(
     name: str,  # of a table
     parameters: dict,
     out: Path,
-) -> None:
-    "Execute a table notebook into `out`."
-    from papermill import execute_notebook
+) -> str:  # what went wrong; "": nothing
+    "Execute a table notebook into `out`; one that fails is kept there as far as it came."
+    from papermill import PapermillExecutionError, execute_notebook
 
     from agrivision_repro.tables import table_notebook
 
-    fresh = out / f"{name}.new.ipynb"
-    execute_notebook(str(table_notebook(name)), str(fresh), parameters, kernel_name="python3", progress_bar=False, cwd=str(out))
+    fresh, error = out / f"{name}.new.ipynb", ""
+    try:
+        execute_notebook(str(table_notebook(name)), str(fresh), parameters, kernel_name="python3", progress_bar=False, cwd=str(out))
+    except PapermillExecutionError as failure:
+        error = " ".join(f"{failure.ename}: {failure.evalue}".split())
     os.replace(fresh, out / f"{name}.ipynb")
+    return error
+
+
+def run_notebooks(
+    parameters: dict[str, dict],  # of each notebook
+    out: Path,
+) -> dict[str, str]:  # those that failed, and why
+    "Execute table notebooks, two at a time; the claims, which use what the others measured, at the end."
+    from tqdm import tqdm
+
+    from agrivision_repro.check import worker_pool
+
+    out.mkdir(parents=True, exist_ok=True)
+    errors = {}
+    with tqdm(total=len(parameters), desc="notebooks", leave=False) as bar:
+        for names in ([n for n in parameters if n != "claims"], [n for n in parameters if n == "claims"]):
+            with worker_pool(min(2, max(len(names), 1))) as pool:
+                work = (pool.map if pool else map)(run_notebook, names, [parameters[n] for n in names], [out] * len(names))
+                for name, error in zip(names, work, strict=True):
+                    errors[name] = error
+                    bar.update()
+    return {name: error for name, error in errors.items() if error}
 
 # %% ../nbs/72_cli.ipynb #cell-11
 def choose_tables(names: list[str]) -> list[str]:
@@ -124,19 +157,18 @@ def reproduce(
     from agrivision_repro.runs import Workspace
 
     names = choose_tables(tables or [])
-    common = {"scale": scale, "data": data, "seeds": read_seeds(seeds)}
-    runs = {name: plan_table(name, common, parameter or []) for name in names}
     workspace = Workspace(out, data_root, device, precision)
-    failed = train_over_ray([run for table_runs, _ in runs.values() for run in table_runs], workspace, ray) if ray else set()
-    runs = {name: needed for name, needed in runs.items() if failed.isdisjoint(needed[0])}
-    workspace.results([run for table_runs, _ in runs.values() for run in table_runs])
-    workspace.out.mkdir(parents=True, exist_ok=True)
-    places = {"data_root": str(workspace.data_root or ""), "out": str(workspace.out), "device": device, "precision": precision}
-    for name, (_, parameters) in runs.items():
-        run_notebook(name, parameters | places, workspace.out)
-    results = {name: workspace.results(table_runs) for name, (table_runs, _) in runs.items()}
-    print(f"report: {write_report(results, workspace.out)}" if runs else "no table is complete: no report")
-    raise typer.Exit(1 if failed else 0)
+    common = {"scale": scale, "data": data, "seeds": read_seeds(seeds), **workspace.places()}
+    runs, parameters = plan_tables(names, common, parameter or [])
+    if scale == "paper" and not ray:
+        refuse_hopeless(runs, workspace)
+    failures = train_all(runs, workspace, ray)
+    failures |= run_notebooks({name: own for name, own in parameters.items() if name not in failures}, workspace.out)
+    results = {name: [] if name in failures else workspace.results(runs[name]) for name in names}
+    print(f"report: {write_report(results, workspace, failures)}")
+    for name, error in failures.items():
+        print(f"agrivision: {name} failed: {error}", file=sys.stderr)
+    raise typer.Exit(1 if failures else 0)
 
 # %% ../nbs/72_cli.ipynb #cell-14
 def read_seeds(text: str) -> list[int]:
@@ -147,29 +179,49 @@ def read_seeds(text: str) -> list[int]:
         raise ValueError(f"seeds are {text!r}: wanted whole numbers separated by commas, like 0,1,2") from error
 
 
-def plan_table(
-    name: str,
+def plan_tables(
+    names: list[str],
     common: dict,  # scale, data, seeds
     pairs: list[str],  # further parameters, `NAME=VALUE`
-) -> tuple[list, dict]:  # Runs, and the parameters of the notebook
-    "Name the Runs of a table, and what its notebook must be told to name the same."
-    from agrivision_repro.tables import TABLES, table_notebook
+) -> tuple[dict[str, list], dict[str, dict]]:  # by table: its Runs, and what its notebook must be told to name the same
+    "Name the Runs of tables."
+    from agrivision_repro.tables import TABLES
 
-    parameters = common | read_parameters(pairs, table_notebook(name))
-    takes = inspect.signature(TABLES[name]).parameters
-    return TABLES[name](**{k: v for k, v in parameters.items() if k in takes}), parameters
+    known = {name: notebook_parameters(name) for name in names}
+    given = common | read_parameters(pairs, {k: v for own in known.values() for k, v in own.items()})
+    parameters = {name: {k: v for k, v in given.items() if k in own} for name, own in known.items()}
+    takes = {name: inspect.signature(TABLES[name]).parameters for name in names}
+    return {n: TABLES[n](**{k: v for k, v in own.items() if k in takes[n]}) for n, own in parameters.items()}, parameters
 
 # %% ../nbs/72_cli.ipynb #cell-15
-def train_over_ray(runs: list, workspace, address: str) -> set:  # the Runs that failed
-    "Train Runs over Ray, and name on stderr those that failed."
+def train_all(
+    runs: dict[str, list],  # table → its Runs
+    workspace,
+    ray: str,  # address; "": on this machine
+) -> dict[str, str]:  # tables that cannot be made, and why
+    "Train what the tables need."
+    from agrivision_repro.machine import train_here
     from agrivision_repro.scaling import name_runs, train_on_ray
 
-    unique = list(dict.fromkeys(runs))
-    failures = train_on_ray(unique, workspace, address).failures
+    unique = list(dict.fromkeys(run for own in runs.values() for run in own))
+    failed = (train_on_ray(unique, workspace, ray) if ray else train_here(unique, workspace)).failures
     for run, name in zip(unique, name_runs(unique), strict=True):
-        if run in failures:
-            print(f"agrivision: {name} failed: {failures[run]}", file=sys.stderr)
-    return set(failures)
+        if run in failed:
+            print(f"agrivision: {name} failed: {failed[run]}", file=sys.stderr)
+    return {name: f"its training {run.title} failed: {failed[run]}" for name, own in runs.items() for run in own if run in failed}
+
+
+def refuse_hopeless(runs: dict[str, list], workspace) -> None:
+    "At the paper's scale, without the data or a GPU: print the plan and raise a `ValueError` that says what is missing."
+    from agrivision_repro.scaling import estimate, measure_data
+
+    real = [run for own in runs.values() for run in own if run.farm is None]
+    missing = [measure_data(real[0], workspace)[1].split(";")[0]] if real else []
+    if workspace.device == "auto" and not workspace.on_gpu:
+        missing.append("no GPU was found (--device cpu trains without one)")
+    if any(missing):
+        print(estimate(runs, workspace).as_text())
+        raise ValueError(f"nothing was started: {'; '.join(filter(None, missing))}")
 
 # %% ../nbs/72_cli.ipynb #cell-17
 @app.command()
@@ -189,8 +241,7 @@ def plan(
     from agrivision_repro.runs import Workspace
     from agrivision_repro.scaling import estimate
 
-    common = {"scale": scale, "data": data, "seeds": read_seeds(seeds)}
-    runs = {name: plan_table(name, common, parameter or [])[0] for name in choose_tables(tables or [])}
+    runs, _ = plan_tables(choose_tables(tables or []), {"scale": scale, "data": data, "seeds": read_seeds(seeds)}, parameter or [])
     print(estimate(runs, Workspace(out, data_root, device, precision)).as_text(devices))
 
 # %% ../nbs/72_cli.ipynb #cell-19
@@ -372,7 +423,7 @@ def unpack(
 
     print(unpack_archive(archive, folder))
 
-# %% ../nbs/72_cli.ipynb #cell-25-fetch
+# %% ../nbs/72_cli.ipynb #cell-26
 @data_app.command()
 def fetch(
     name: Annotated[str, typer.Argument(help="naip-trees: the one that is open to all.")],
@@ -388,7 +439,7 @@ def fetch(
     report = fetch_naip_trees(folder, source, n_workers=workers, shows_progress=True)
     raise typer.Exit(0 if report.is_trustworthy else 1)
 
-# %% ../nbs/72_cli.ipynb #cell-28
+# %% ../nbs/72_cli.ipynb #cell-30
 def main() -> None:
     "Run the command; a user's mistake is one line on stderr and exit code 2 (set AGRIVISION_TRACEBACK for the whole story)."
     try:

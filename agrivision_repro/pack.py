@@ -24,7 +24,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from .check import count_tile, worker_pool
-from .data import Tile, Tiles, field_of, find_edition, home_of, open_tiles
+from .data import Tile, Tiles, find_edition, home_of, open_tiles
 
 # %% auto #0
 __all__ = ['recycler', 'REPAIR', 'code_type', 'encode', 'decode', 'Counts', 'tile_counts', 'Recycler', 'PackedTiles', 'Slots',
