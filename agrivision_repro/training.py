@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,16 +26,18 @@ from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
 from .batches import INVERSE, Batch, Feed, SampleStream, scoring_loader, training_loader, turn
+from .divergence import CURVE_COLORS
 from .losses import HybridLoss
 from .metrics import ChallengeIoU, CountingIoU, MultilabelIoU, background_only
 from .norms import sync_norms
 
 # %% auto #0
-__all__ = ['RECIPES', 'PRECISIONS', 'COMPILE_FROM', 'METRICS', 'TTA', 'SAVE_EVERY', 'LOG_EVERY', 'Recipe', 'learning_rate',
-           'has_bf16', 'check_device', 'Engine', 'make_engine', 'speed_up', 'compile_model', 'Trainer', 'history_table',
-           'draw_history', 'checksum', 'replace_file', 'save_tensors', 'read_tensors', 'read_metadata', 'save_state',
-           'load_state', 'Stopped', 'hear_signals', 'score', 'summarise', 'fit', 'agree', 'report_progress',
-           'check_finite', 'evaluate']
+__all__ = ['RECIPES', 'MARKS', 'SCHEDULE_ROWS', 'PRECISIONS', 'COMPILE_FROM', 'METRICS', 'TTA', 'SAVE_EVERY', 'LOG_EVERY',
+           'Recipe', 'learning_rate', 'choose_recipes', 'draw_learning_rates', 'schedule_numbers', 'schedule_table',
+           'show_number', 'has_bf16', 'check_device', 'Engine', 'make_engine', 'speed_up', 'compile_model', 'Trainer',
+           'history_table', 'draw_history', 'checksum', 'replace_file', 'save_tensors', 'read_tensors', 'read_metadata',
+           'save_state', 'load_state', 'Stopped', 'hear_signals', 'score', 'summarise', 'fit', 'agree',
+           'report_progress', 'check_finite', 'evaluate']
 
 # %% ../nbs/50_training.ipynb #cell-05
 @dataclass(frozen=True)
@@ -84,7 +86,83 @@ RECIPES = {
     "shipped-30000": Recipe(2_000, 8_000, 20_000, augmentation="zoom_shift"),  # the same, to the end of its schedule
 }
 
+# %% ../nbs/50_training.ipynb #cell-13
+def choose_recipes(
+    recipes: Sequence[str],  # keys of `RECIPES`
+) -> dict[str, Recipe]:
+    "Look recipes up by name."
+    unknown = [name for name in recipes if name not in RECIPES]
+    if unknown or not recipes:
+        raise ValueError(f"no recipe {', '.join(unknown) or 'is named'}: wanted some of {', '.join(RECIPES)}")
+    return {name: RECIPES[name] for name in recipes}
+
 # %% ../nbs/50_training.ipynb #cell-14
+MARKS = {"^": "end of the warm-up", "o": "end of the constant phase", "s": "last iteration"}
+
+
+def draw_learning_rates(
+    recipes: Mapping[str, Recipe],
+    tail: int = 500,  # iterations before the end of each decay that the right panel shows
+) -> Figure:
+    "Draw the learning rate of every iteration, and the end of the decay enlarged."
+    fig, (whole, end) = plt.subplots(1, 2, figsize=(9, 3.2), dpi=72, width_ratios=(3, 2), layout="constrained")
+    for k, (name, recipe) in enumerate(recipes.items()):
+        ends = recipe.warmup, recipe.warmup + recipe.constant, recipe.iterations
+        planned = ends[1] + recipe.decay
+        rates = pd.Series({t + 1: learning_rate(recipe, t) for t in range(recipe.iterations)})
+        wide = {"linewidth": 3.5, "alpha": 0.5, "markersize": 8}, {"linewidth": 1.4, "linestyle": "--", "markersize": 4.5}
+        style = {"color": CURVE_COLORS[k % len(CURVE_COLORS)], "label": f"{name}: {recipe.iterations:,} iterations"} | wide[k % 2]
+        whole.plot(rates, **style)
+        end.plot(rates.set_axis(rates.index - planned).loc[-tail:], **style)
+        for mark, n in zip(MARKS, ends, strict=True):
+            whole.plot(rates.loc[n:n], mark, **style | {"label": ""})
+        end.plot(rates.index[-1:] - planned, rates.iloc[-1:], mark, **style)
+    for mark, meaning in MARKS.items():
+        whole.plot([], [], mark, color="0.4", markersize=5, label=meaning)
+    whole.set(xlabel="iteration", ylabel="learning rate")
+    whole.xaxis.set_major_formatter("{x:,.0f}")
+    end.set(xlabel="iteration, from the end of the decay", yscale="log")
+    fig.legend(*whole.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    plt.close(fig)
+    return fig
+
+# %% ../nbs/50_training.ipynb #cell-17
+SCHEDULE_ROWS = {
+    "iterations": "iterations", "warmup": "warm-up", "constant": "constant", "decay": "decay", "lr": "learning rate",
+    "final_lr": "last learning rate", "power": "power of the decay", "batch_size": "batch", "momentum": "momentum",
+    "weight_decay": "weight decay", "tiles": "tiles seen",
+}  # fmt: skip
+
+
+def schedule_numbers(
+    recipes: Mapping[str, Recipe],
+    printed: Mapping[str, float],  # `paper.SCHEDULE`
+) -> pd.DataFrame:  # a row a recipe, the paper's first; NaN: not printed
+    "List what a recipe is and what it comes to."
+    rows = {"§5": printed | {"iterations": sum(printed[key] for key in ("warmup", "constant", "decay"))}}
+    for name, recipe in recipes.items():
+        n = recipe.iterations
+        rows[name] = {key: getattr(recipe, key) for key in printed} | {"iterations": n, "tiles": n * recipe.batch_size}
+        rows[name]["final_lr"] = learning_rate(recipe, n - 1)
+    return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=list(SCHEDULE_ROWS)).reset_index(names="recipe")
+
+
+def schedule_table(
+    numbers: pd.DataFrame,  # of `schedule_numbers`
+) -> pd.DataFrame:  # text cells; columns: the paper, recipes
+    "Lay the numbers out, a column a recipe."
+    columns = {}
+    for row in numbers.to_dict("records"):
+        name = row.pop("recipe")
+        columns["Paper: §5" if name == "§5" else f"Here: {name}"] = {SCHEDULE_ROWS[key]: show_number(value) for key, value in row.items()}
+    return pd.DataFrame(columns)
+
+
+def show_number(value: float) -> str:
+    "Write a count in full and a rate with two digits; – for NaN."
+    return "–" if value != value else f"{value:,.0f}" if value >= 1 else f"{value:.2g}"
+
+# %% ../nbs/50_training.ipynb #cell-20
 PRECISIONS = ("auto", "bf16", "float32")
 
 
@@ -102,7 +180,7 @@ def check_device(device: str, precision: str = "auto") -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}: wanted one of {', '.join(PRECISIONS)}")
 
-# %% ../nbs/50_training.ipynb #cell-15
+# %% ../nbs/50_training.ipynb #cell-21
 @dataclass(frozen=True)
 class Engine:
     "What a training runs on."
@@ -136,7 +214,7 @@ def make_engine(
     chosen = "bf16" if has_bf16(accelerator.device) else "float32"
     return Engine(accelerator, chosen if precision == "auto" else precision)
 
-# %% ../nbs/50_training.ipynb #cell-18
+# %% ../nbs/50_training.ipynb #cell-24
 COMPILE_FROM = 2_000  # iterations
 
 
@@ -161,7 +239,7 @@ def compile_model(model: nn.Module, device: torch.device) -> str:
     model.compile()
     return "compiled"
 
-# %% ../nbs/50_training.ipynb #cell-21
+# %% ../nbs/50_training.ipynb #cell-27
 class Trainer:
     "A model in training."
 
@@ -217,7 +295,7 @@ class Trainer:
             self.engine.accelerator.backward(losses["loss"] / len(self.parts))
         return torch.stack(list(losses.values())).detach()
 
-# %% ../nbs/50_training.ipynb #cell-22
+# %% ../nbs/50_training.ipynb #cell-28
 def history_table(
     rows: Sequence[Tensor],  # of `Trainer.history`
     loss: HybridLoss,
@@ -242,7 +320,7 @@ def draw_history(
     plt.close(fig)
     return fig
 
-# %% ../nbs/50_training.ipynb #cell-24
+# %% ../nbs/50_training.ipynb #cell-30
 def checksum(tensors: dict[str, Tensor]) -> str:
     "Sum up the bytes of tensors in the order of their names."
     total = 0
@@ -299,7 +377,7 @@ def read_metadata(path: Path) -> dict:
     with safe_open(path, "pt") as file:
         return json.loads(file.metadata()["record"])
 
-# %% ../nbs/50_training.ipynb #cell-25
+# %% ../nbs/50_training.ipynb #cell-31
 def save_state(trainer: Trainer, path: Path) -> None:
     "Write model, momentum, history, evaluations and iteration."
     model = trainer.bare_model
@@ -323,7 +401,7 @@ def load_state(
         momentum = torch.empty_like(parameter).copy_(tensors[f"momentum.{name}"])  # in the parameter's memory format
         trainer.optimizer.state[parameter]["momentum_buffer"] = momentum
 
-# %% ../nbs/50_training.ipynb #cell-27
+# %% ../nbs/50_training.ipynb #cell-33
 class Stopped(Exception):
     "A signal ended a training; its state is saved."
 
@@ -353,7 +431,7 @@ def hear_signals() -> Iterator[list[int]]:  # grows by each signal that came
         for s, handler in usual.items():
             signal.signal(s, handler)
 
-# %% ../nbs/50_training.ipynb #cell-29
+# %% ../nbs/50_training.ipynb #cell-35
 METRICS: dict[str, type[CountingIoU]] = {"multilabel": MultilabelIoU, "challenge": ChallengeIoU}
 TTA = {"none": (0,), "d4": tuple(range(8))}  # elements of D4 whose logits are averaged
 
@@ -384,7 +462,7 @@ def summarise(metric: CountingIoU, floor: CountingIoU) -> dict:  # plain numbers
     iou = [None if value != value else value for value in metric.per_class().tolist()]
     return {"iou": iou, "mean": float(metric.compute()), "floor": float(floor.compute())}
 
-# %% ../nbs/50_training.ipynb #cell-31
+# %% ../nbs/50_training.ipynb #cell-37
 SAVE_EVERY = 250  # iterations between states, of which the paper's model writes half a gigabyte
 LOG_EVERY = 10  # iterations between looks at the loss, which make a GPU wait
 
@@ -421,7 +499,7 @@ def fit(
                 raise Stopped(signum)
             bar.update(recipe.batch_size)
 
-# %% ../nbs/50_training.ipynb #cell-32
+# %% ../nbs/50_training.ipynb #cell-38
 def agree(came: list[int], engine: Engine) -> int:  # a signal's number; 0: none came
     "Let all processes stop at the same iteration when a signal has come to any."
     signum = max(came, default=0)
