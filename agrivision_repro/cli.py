@@ -20,9 +20,10 @@ import typer
 # %% auto #0
 __all__ = ['app', 'ScaleName', 'RunData', 'DataRoot', 'Out', 'Device', 'Precision', 'runs_app', 'RunId', 'data_app', 'Root',
            'DataName', 'Workers', 'AsJson', 'agrivision', 'read_value', 'check_type', 'read_parameters',
-           'notebook_parameters', 'run_notebook', 'run_notebooks', 'choose_tables', 'reproduce', 'read_seeds',
-           'plan_tables', 'train_all', 'refuse_hopeless', 'plan', 'change_fields', 'train', 'leave_processes', 'runs',
-           'show_one', 'compare', 'score', 'check', 'stats', 'show', 'pack', 'unpack', 'fetch', 'main', 'say_stopped']
+           'notebook_parameters', 'run_notebook', 'run_quietly', 'run_notebooks', 'choose_tables', 'reproduce',
+           'read_seeds', 'plan_tables', 'train_all', 'refuse_hopeless', 'plan', 'change_fields', 'train',
+           'leave_processes', 'runs', 'show_one', 'compare', 'score', 'check', 'stats', 'show', 'pack', 'unpack',
+           'fetch', 'main', 'say_stopped']
 
 # %% ../nbs/72_cli.ipynb #cell-05
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
@@ -100,6 +101,13 @@ def run_notebook(
     return error
 
 
+def run_quietly(name: str, parameters: dict, out: Path) -> str:
+    "Execute a notebook in a process of its own, whose kernel's warnings are nobody's business."
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    return run_notebook(name, parameters, out)
+
+
 def run_notebooks(
     parameters: dict[str, dict],  # of each notebook
     out: Path,
@@ -113,8 +121,8 @@ def run_notebooks(
     errors = {}
     with tqdm(total=len(parameters), desc="notebooks", leave=False) as bar:
         for names in ([n for n in parameters if n != "claims"], [n for n in parameters if n == "claims"]):
-            with worker_pool(min(2, max(len(names), 1))) as pool:
-                work = (pool.map if pool else map)(run_notebook, names, [parameters[n] for n in names], [out] * len(names))
+            with worker_pool(2) as pool:
+                work = pool.map(run_quietly, names, [parameters[n] for n in names], [out] * len(names))
                 for name, error in zip(names, work, strict=True):
                     errors[name] = error
                     bar.update()
