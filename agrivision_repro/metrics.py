@@ -30,12 +30,12 @@ GROUP = 128  # pixels: as many ones fit into a byte
 
 def count_pixels(
     mask: Tensor,  # `(B, C, H, W)` bool
-) -> Tensor:  # `(C,)` int64
+) -> Tensor:  # of each tile, `(B, C)` int64
     "Count the true pixels of each class: first in bytes, many at a time in a vector register, then in int64."
     ones = mask.flatten(2).view(torch.uint8)
     whole = ones.shape[2] // GROUP * GROUP
     groups = ones[..., :whole].unflatten(2, (GROUP, -1)).sum(2, dtype=torch.uint8)
-    return groups.sum((0, 2)) + ones[..., whole:].sum((0, 2))
+    return groups.sum(2) + ones[..., whole:].sum(2)
 
 
 class CountingIoU(Metric):
@@ -84,6 +84,7 @@ class MultilabelIoU(CountingIoU):
         super().__init__(n_classes, absent)
         self.threshold = threshold
         self.add_counts("hits", "predicted", "present", size=(n_classes,))
+        self.latest = torch.zeros(0, n_classes, 2, dtype=torch.int64)  # intersection and union of each tile of the last batch
 
     def update(
         self,
@@ -93,9 +94,12 @@ class MultilabelIoU(CountingIoU):
     ) -> None:
         present = check_pixels(logits, targets, valid) & valid[:, None]
         mask = (logits > self.threshold).bitwise_and_(valid[:, None])
-        self.predicted += count_pixels(mask)
-        self.present += count_pixels(present)
-        self.hits += count_pixels(mask.bitwise_and_(present))
+        n_predicted, n_present = count_pixels(mask), count_pixels(present)
+        n_hits = count_pixels(mask.bitwise_and_(present))
+        self.latest = torch.stack([n_hits, n_predicted + n_present - n_hits], -1)
+        self.hits += n_hits.sum(0)
+        self.predicted += n_predicted.sum(0)
+        self.present += n_present.sum(0)
 
     def counts(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.hits, self.predicted, self.present

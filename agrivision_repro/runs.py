@@ -20,6 +20,7 @@ from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
@@ -28,7 +29,7 @@ from safetensors import SafetensorError
 import agrivision_repro
 from .backbones import check_choice
 from .batches import CHANNELS, IMAGENET, SAMPLERS, Feed, Statistics, dataset_statistics, rare_class_weights
-from .data import Edition, Tile, Tiles, find_edition, fingerprint
+from .data import Edition, Tile, Tiles, field_of, find_edition, fingerprint
 from .deeplab import DeepLabV3Plus
 from .losses import HybridLoss
 from .pack import Counts, PackedTiles, count_tiles, open_split, pack_split
@@ -51,14 +52,15 @@ from agrivision_repro.training import (
     replace_file,
     save_state,
     save_tensors,
-    score,
+    score_tiles,
 )
 
 # %% auto #0
-__all__ = ['SCALES', 'CHECKPOINTS', 'PACK_UP_TO', 'Scale', 'find_scale', 'Run', 'plan_run', 'run_id', 'git', 'provenance',
-           'write_json', 'read_json', 'Result', 'build_model', 'build_loss', 'thin_out', 'default_out', 'remove_empty',
-           'Workspace', 'hold', 'train_run', 'train_and_score', 'progress_of', 'saved_iteration', 'is_held', 'show_age',
-           'list_runs', 'find_run', 'flatten', 'show_run', 'compare_runs', 'read_result', 'score_again']
+__all__ = ['SCALES', 'CHECKPOINTS', 'TILES', 'PACK_UP_TO', 'Scale', 'find_scale', 'Run', 'plan_run', 'run_id', 'git',
+           'provenance', 'write_json', 'write_array', 'read_json', 'Result', 'read_tiles', 'build_model', 'build_loss',
+           'thin_out', 'default_out', 'remove_empty', 'Workspace', 'hold', 'train_run', 'score_inputs',
+           'score_checkpoints', 'train_and_score', 'progress_of', 'saved_iteration', 'is_held', 'show_age', 'list_runs',
+           'find_run', 'flatten', 'show_run', 'compare_runs', 'read_result', 'score_again']
 
 # %% ../nbs/60_runs.ipynb #cell-05
 @dataclass(frozen=True)
@@ -186,6 +188,16 @@ def write_json(path: Path, content: dict) -> None:
     replace_file(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
 
 
+def write_array(path: Path, array: np.ndarray) -> None:
+    "Write an `.npy` file in one step."
+
+    def write(fresh: Path) -> None:
+        with fresh.open("wb") as file:  # by its name NumPy would add an ending
+            np.save(file, array, allow_pickle=False)
+
+    replace_file(path, write)
+
+
 def read_json(path: Path) -> dict:
     "Read a JSON file; raises ValueError if it is none."
     try:
@@ -208,6 +220,16 @@ class Result:
         "Scores of the last weights."
         return self.checkpoints["last"]["scores"]
 
+    def tile_counts(
+        self,
+        channels: str = "",  # a test input; "": the Run's own channels
+    ) -> np.ndarray:  # intersection and union, pixels, `(N, C, 2)` int64, in the order of the validation tiles
+        "Give what each tile adds to the multi-label scores of the last weights."
+        channels = channels or self.run.channels
+        check_choice("channels", channels, self.run.test_inputs)
+        counts = read_tiles(self.folder, len(self.run.test_inputs), len(self.run.edition.classes))
+        return counts[self.run.test_inputs.index(channels)]
+
     @property
     def statistics(self) -> Statistics:
         "What the model's channels are normalised by."
@@ -226,6 +248,27 @@ class Result:
 
 
 CHECKPOINTS = {"last": "weights.safetensors", "best": "best.safetensors"}
+TILES = "tiles.npy"
+
+
+def read_tiles(
+    folder: Path,
+    n_inputs: int,
+    n_classes: int,  # background included
+) -> np.ndarray:  # test input, tile, class, intersection or union: `(inputs, N, C, 2)` int64
+    "Read the counts of a Run's validation tiles; raises ValueError if there are none."
+    path, remedy = folder / TILES, f"agrivision runs score {folder.name} (--out and --data-root as in its training) makes it"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, as in Runs that were scored before it was kept: {remedy}")
+    try:
+        counts = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and {remedy} anew") from error
+    shape = (n_inputs, *counts.shape[1:2], n_classes, 2)
+    if counts.shape != shape or counts.dtype != np.int64:
+        wanted = f"({n_inputs}, N, {n_classes}, 2) int64"
+        raise ValueError(f"{path} is {counts.shape} {counts.dtype}, wanted {wanted}: remove it, and {remedy} anew")
+    return counts
 
 
 def build_model(run: Run) -> DeepLabV3Plus:
@@ -326,6 +369,11 @@ class Workspace:
         "Give the tiles that a Run is trained on (`train`) or scored on (`val`)."
         return thin_out(self.open(run.data, run.farm, split), run.recipe.max_val_tiles if split == "val" else 0)
 
+    def fields(self, run: Run) -> list[str]:
+        "Name the field of each tile that a Run is scored on; the tile itself where names do not tell."
+        names = thin_out(self.open(run.data, run.farm, "val").names, run.recipe.max_val_tiles)
+        return [field_of(name) for name in names] if run.edition.reader.is_by_field else list(names)
+
     def feed(self, run: Run, split: str, channels: str = "") -> Feed:
         "Give those tiles with all that decides what the model is shown of them; `channels` other than the Run's to test on."
         check_choice("statistics", run.statistics, ("imagenet", "dataset"))
@@ -410,6 +458,34 @@ def train_run(run: Run, workspace: Workspace, engine: Engine, folder: Path, titl
         shutil.rmtree(folder / "state")
 
 # %% ../nbs/60_runs.ipynb #cell-25
+def score_inputs(
+    model: torch.nn.Module,
+    tests: dict[str, Feed],  # test input → tiles
+    engine: Engine,
+    tta: str = "none",  # a key of `training.TTA`
+) -> tuple[dict, np.ndarray]:  # test input → metric → iou, mean, floor; counts of `read_tiles`
+    "Score a model on all its test inputs."
+    scored = {channels: score_tiles(model, test, engine, tta) for channels, test in tests.items()}
+    return {channels: scores for channels, (scores, _) in scored.items()}, torch.stack([tiles for _, tiles in scored.values()]).numpy()
+
+
+def score_checkpoints(
+    trainer: Trainer,  # its model is changed in place
+    tests: dict[str, Feed],  # test input → tiles
+    folder: Path,
+    iterations: dict[str, int],  # checkpoint → its iteration, "last" first
+) -> dict:  # what `scores.json` holds
+    "Score the last weights and the best, and write what each tile adds to the scores of the last."
+    scores = {}
+    for name, iteration in iterations.items():
+        if iteration not in scores:  # the last weights may be the best
+            trainer.bare_model.load_state_dict(read_tensors(folder / CHECKPOINTS[name])[0])
+            scores[iteration], tiles = score_inputs(trainer.bare_model, tests, trainer.engine)
+            if name == "last" and trainer.engine.accelerator.is_main_process:
+                write_array(folder / TILES, tiles)
+    return {name: {"iteration": iteration, "scores": scores[iteration]} for name, iteration in iterations.items()}
+
+
 def train_and_score(run: Run, workspace: Workspace, trainer: Trainer, folder: Path, title: str, keep: Callable) -> dict:
     "Train to the end, write weights and history, and score the last weights and the best."
     feed, accelerator, state = workspace.feed(run, "train"), trainer.engine.accelerator, folder / "state" / "state.safetensors"
@@ -429,12 +505,7 @@ def train_and_score(run: Run, workspace: Workspace, trainer: Trainer, folder: Pa
         replace_file(folder / "history.csv", history_table(trainer.history, trainer.loss).to_csv)
     keep(evaluations=trainer.evaluations)
     accelerator.wait_for_everyone()
-    scores = {}
-    for name, iteration in iterations.items():
-        if iteration not in scores:  # the last weights may be the best
-            trainer.bare_model.load_state_dict(read_tensors(folder / CHECKPOINTS[name])[0])
-            scores[iteration] = {channels: score(trainer.bare_model, test, trainer.engine) for channels, test in tests.items()}
-    return {name: {"iteration": iteration, "scores": scores[iteration]} for name, iteration in iterations.items()}
+    return score_checkpoints(trainer, tests, folder, iterations)
 
 # %% ../nbs/60_runs.ipynb #cell-32
 def progress_of(folder: Path, record: dict) -> str:
@@ -539,12 +610,15 @@ def score_again(
     checkpoint: str = "last",  # or "best"
     tta: str = "none",  # a key of `training.TTA`
 ) -> dict:  # test input → metric → iou, mean, floor
-    "Score weights in another way; the result is kept in the folder."
+    "Score weights in another way; the result is kept in the folder, and the counts of the tiles if it lacks them."
     result, path = read_result(folder), folder / f"scores-{checkpoint}-{tta}.json"
     check_choice("tta", tta, tuple(TTA))
-    if not path.is_file():
+    lacks_tiles = (checkpoint, tta) == ("last", "none") and not (folder / TILES).is_file()
+    if lacks_tiles or not path.is_file():
         model, engine = result.model(checkpoint), make_engine(workspace.device, workspace.precision)
-        model.to(engine.device)
-        scores = {c: score(model, workspace.feed(result.run, "val", c), engine, tta) for c in result.run.test_inputs}
+        tests = {channels: workspace.feed(result.run, "val", channels) for channels in result.run.test_inputs}
+        scores, tiles = score_inputs(model.to(engine.device), tests, engine, tta)
+        if lacks_tiles:
+            write_array(folder / TILES, tiles)
         write_json(path, scores)
     return read_json(path)

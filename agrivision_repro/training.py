@@ -36,7 +36,7 @@ __all__ = ['RECIPES', 'MARKS', 'SCHEDULE_ROWS', 'PRECISIONS', 'COMPILE_FROM', 'M
            'Recipe', 'learning_rate', 'choose_recipes', 'draw_learning_rates', 'schedule_numbers', 'schedule_table',
            'show_number', 'has_bf16', 'check_device', 'Engine', 'make_engine', 'speed_up', 'compile_model', 'Trainer',
            'history_table', 'draw_history', 'checksum', 'replace_file', 'save_tensors', 'read_tensors', 'read_metadata',
-           'save_state', 'load_state', 'Stopped', 'hear_signals', 'score', 'summarise', 'fit', 'agree',
+           'save_state', 'load_state', 'Stopped', 'hear_signals', 'score_tiles', 'score', 'summarise', 'fit', 'agree',
            'report_progress', 'check_finite', 'evaluate']
 
 # %% ../nbs/50_training.ipynb #cell-05
@@ -437,16 +437,17 @@ TTA = {"none": (0,), "d4": tuple(range(8))}  # elements of D4 whose logits are a
 
 
 @torch.no_grad()
-def score(
+def score_tiles(
     model: nn.Module,  # bare: processes have different numbers of batches, and must not meet in each
     feed: Feed,
     engine: Engine,
     tta: str = "none",  # a key of `TTA`
-) -> dict[str, dict]:  # metric → `iou` a class (None: absent), `mean`, `floor`
-    "Score a model on whole tiles by both metrics."
+) -> tuple[dict[str, dict], Tensor]:  # of `score`; intersection and union in pixels, multi-label, `(N, C, 2)` int64, on the CPU
+    "Score a model on whole tiles by both metrics, and give what each of the tiles adds."
     if tta not in TTA:
         raise ValueError(f"tta is {tta!r}: wanted one of {', '.join(TTA)}")
     metrics, floors = ({name: kind(feed.n_classes).to(engine.device) for name, kind in METRICS.items()} for _ in range(2))
+    tiles = torch.zeros(len(feed.tiles), feed.n_classes, 2, dtype=torch.int64, device=engine.device)
     share = {"rank": engine.accelerator.process_index, "n_processes": engine.accelerator.num_processes}
     model.eval()
     for batch in scoring_loader(feed.tiles, prepare=feed.prepare(engine.device), **share):
@@ -454,7 +455,19 @@ def score(
         for name in METRICS:
             metrics[name].update(logits, batch.targets, batch.valid)
             floors[name].update(background_only(batch.targets), batch.targets, batch.valid)
-    return {name: summarise(metrics[name], floors[name]) for name in METRICS}
+        tiles[batch.index] = metrics["multilabel"].latest
+    scores = {name: summarise(metrics[name], floors[name]) for name in METRICS}
+    return scores, engine.accelerator.reduce(tiles, "sum").cpu()  # a process leaves 0 where the tiles are another's
+
+
+def score(
+    model: nn.Module,
+    feed: Feed,
+    engine: Engine,
+    tta: str = "none",  # a key of `TTA`
+) -> dict[str, dict]:  # metric → `iou` a class (None: absent), `mean`, `floor`
+    "Score a model on whole tiles by both metrics."
+    return score_tiles(model, feed, engine, tta)[0]
 
 
 def summarise(metric: CountingIoU, floor: CountingIoU) -> dict:  # plain numbers, for a JSON file

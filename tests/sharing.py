@@ -1,6 +1,6 @@
-"""Train small models for some iterations and score them, in as many processes as this is started in: sharing.py OUT [--runs]
+"""Train small models for some iterations and score them, in as many processes as this is started in: sharing.py OUT [--runs | --tiles]
 
-With --runs, whole Runs at smoke scale, one of each norm.
+With --runs, whole Runs at smoke scale, one of each norm. With --tiles, an untrained model is scored and the counts of each tile are kept.
 
 Of several processes each takes its own loss; one process alone averages the hybrid losses of the two halves of a batch. In float64
 and without dropout, so that one process and two can be compared to the last digits.
@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
@@ -20,7 +21,7 @@ from agrivision_repro.deeplab import DeepLabV3Plus
 from agrivision_repro.losses import HybridLoss
 from agrivision_repro.runs import Workspace, plan_run
 from agrivision_repro.synthetic import Farmland, write_farmland
-from agrivision_repro.training import Engine, Recipe, Trainer, make_engine, save_tensors, score
+from agrivision_repro.training import Engine, Recipe, Trainer, make_engine, save_tensors, score, score_tiles
 
 RECIPE = Recipe(1, 2, 1, lr=0.05, batch_size=8, crop=32, width=1 / 16, is_pretrained=False)
 
@@ -79,11 +80,23 @@ def train_small_models(out: Path, engine: Engine) -> None:
         train(norm, Halves(HybridLoss(1, 1)) if is_alone else HybridLoss(1, 1), feed, engine, out / f"{norm}-hybrid")
 
 
+def score_untrained(out: Path, engine: Engine) -> None:
+    "Each process writes what it was given: an odd number of tiles, then one, which leaves the second process without any."
+    tiles = open_tiles("synthetic", write_farmland(out.parent / "farm", Farmland(32, 5, 1, 1)), "train")
+    for n in (17, 1):
+        scores, counts = score_tiles(make_model("ibn_s"), Feed([tiles[k] for k in range(n)], "rgbn", 7), engine)
+        name = f"{n}-{engine.accelerator.process_index}"
+        (out / f"{name}.json").write_text(json.dumps(scores))
+        np.save(out / f"{name}.npy", counts.numpy())
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     out, engine = Path(sys.argv[1]), make_engine("cpu", "float32")
     if "--runs" in sys.argv:
         Workspace(out, device="cpu", precision="float32").results([plan_run("smoke", "synthetic", norm=norm) for norm in NORMS])
+    elif "--tiles" in sys.argv:
+        score_untrained(out, engine)
     else:
         train_small_models(out, engine)
     engine.accelerator.wait_for_everyone()

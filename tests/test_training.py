@@ -42,7 +42,7 @@ def test_killed_twenty_times(tmp_path):
     }
     assert int(done["22"].stdout) >= 15, done["22"].stderr  # killed while a training was under way
     found, wanted = contents(tmp_path / "22"), contents(tmp_path / "0")
-    assert sorted(found) == ["best.safetensors", "history.csv", "scores.json", "weights.safetensors"]
+    assert sorted(found) == ["best.safetensors", "history.csv", "scores.json", "tiles.npy", "weights.safetensors"]
     assert found == wanted
     (folder,) = (tmp_path / "22").glob("runs/*")
     assert not list(folder.glob("**/*.new")) and not (folder / "state").exists()
