@@ -183,8 +183,9 @@ def html_table(
     table: pd.DataFrame,
     caption: str = "",  # what the numbers are
 ) -> str:  # HTML
-    "Write a table as HTML whose header cells say what they head."
+    "Write a table as HTML whose header cells say what they head; `**…**` and `[…](…)` as in Markdown."
     html = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", table.to_html(border=0, escape=True))
+    html = re.sub(r"\[([^\]]+)\]\((\S+?)\)", r'<a href="\2">\1</a>', html)
     html = html.replace(">", f"><caption>{escape(caption)}</caption>", 1) if caption else html
     head, body = html.split("</thead>")
     body = re.sub(r"<th(?=[ >])", '<th scope="row"', body)
@@ -209,7 +210,8 @@ def to_latex(
     "Write a table of texts as LaTeX, as wide as the page at most."
     flat = table.reset_index(names=[""] * table.index.nlevels) if table.index.nlevels == 1 else table.reset_index()
     flat.columns = ["" if str(c).startswith("level_") else str(c) for c in flat.columns]
-    cells = re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", flat.astype(str).to_latex(index=False, escape=True))
+    flat = flat.astype(str).replace(r"\[([^\]]+)\]\(\S+?\)", r"\1", regex=True)
+    cells = re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", flat.to_latex(index=False, escape=True))
     whole = LATEX_TABLE % (re.sub(r"([&%$#_{}])", r"\\\1", caption), label, cells)
     return "".join(LATEX.get(c, c) for c in whole)
 

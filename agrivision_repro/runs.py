@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 import agrivision_repro
 from .backbones import check_choice
 from .batches import CHANNELS, IMAGENET, SAMPLERS, Feed, Statistics, dataset_statistics, rare_class_weights
-from .data import Edition, Tile, Tiles, field_of, find_edition, fingerprint
+from .data import Edition, Tile, Tiles, find_edition, fingerprint
 from .deeplab import DeepLabV3Plus
 from .losses import HybridLoss
 from .pack import Counts, PackedTiles, count_tiles, open_split, pack_split
@@ -371,8 +371,7 @@ class Workspace:
 
     def fields(self, run: Run) -> list[str]:
         "Name the field of each tile that a Run is scored on; the tile itself where names do not tell."
-        names = thin_out(self.open(run.data, run.farm, "val").names, run.recipe.max_val_tiles)
-        return [field_of(name) for name in names] if run.edition.reader.is_by_field else list(names)
+        return list(thin_out(self.open(run.data, run.farm, "val").fields, run.recipe.max_val_tiles))
 
     def feed(self, run: Run, split: str, channels: str = "") -> Feed:
         "Give those tiles with all that decides what the model is shown of them; `channels` other than the Run's to test on."
