@@ -110,8 +110,9 @@ def judge_layers(evidence: Evidence, norm: str) -> Finding:
     "Judge whether a net diverges less than ResNet in most layers, whatever it was trained on."
     own = evidence.medians[evidence.medians.norm == norm]
     shares = (own.below / own.layers).tolist()
+    shown = [f"{100 * s:.0f} % trained on {c[:3].upper()}" for s, c in zip(shares, own.trained_on, strict=True)]
     verdict = AGREES if min(shares) > 0.5 else DISAGREES if max(shares) < 0.5 else NOISE
-    return Finding(f"layers below ResNet's: {', '.join(f'{100 * s:.0f} %' for s in shares)} (by training)", verdict, "fig2_divergence")
+    return Finding(f"layers below ResNet's: {', '.join(shown)}", verdict, "fig2_divergence")
 
 
 def judge_depth(evidence: Evidence) -> Finding:

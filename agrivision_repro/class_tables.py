@@ -88,15 +88,15 @@ def class_table(
         best = pd.DataFrame(False, means.index, means.columns)
         for group in groups:
             rows = [r for r in means.index if group in r and not r.startswith("+")]
-            best.loc[rows] = means.loc[rows] == means.loc[rows].max()
+            best.loc[rows] = (means.loc[rows] == means.loc[rows].max()) & (means.loc[rows].max() > means.loc[rows].min())
         cells = own.assign(text=[show_score(m, s) for m, s in zip(own["mean"], own.sd, strict=True)])
         text = cells.pivot_table(index="row", columns="class", values="text", aggfunc="first", sort=False)
         text = text.where(~best, "**" + text + "**").rename(columns=lambda c: "Mean IoU" if c == "mean" else c.replace("_", " "))
         paper = own[own["class"] == "mean"].set_index("row").paper
         text["Paper: mean IoU"] = [show_paper(v) for v in paper]
         text["Gap"] = [f"{v:+.1f}" if is_papers and v == v else "–" for v in means["mean"] - paper]
-        tables[title] = text
-    return pd.concat(tables, names=["metric", ""])
+        tables[title] = text.rename_axis(index=None, columns=None)
+    return pd.concat(tables)
 
 # %% ../nbs/71_class_tables.ipynb #cell-12
 def size_table(
@@ -112,7 +112,7 @@ def size_table(
             kind = kind_of(run)
             n = sum(p.numel() for p in build_model(replace(kind, channels=run.channels)).parameters())
         rows[name] = {"parameters": f"{n:,}", f"GMACs of {side}²": f"{gmacs_of(kind, side):.3g}"}
-    return pd.DataFrame(rows).T.rename_axis("row")
+    return pd.DataFrame(rows).T
 
 # %% ../nbs/71_class_tables.ipynb #cell-14
 class Comparison(NamedTuple):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import inspect
 import json
 import os
@@ -20,10 +21,10 @@ import typer
 # %% auto #0
 __all__ = ['app', 'ScaleName', 'RunData', 'DataRoot', 'Out', 'Device', 'Precision', 'runs_app', 'RunId', 'data_app', 'Root',
            'DataName', 'Workers', 'AsJson', 'agrivision', 'read_value', 'check_type', 'read_parameters',
-           'notebook_parameters', 'run_notebook', 'run_quietly', 'run_notebooks', 'choose_tables', 'reproduce',
-           'read_seeds', 'plan_tables', 'train_all', 'refuse_hopeless', 'plan', 'change_fields', 'train',
-           'leave_processes', 'runs', 'show_one', 'compare', 'score', 'check', 'stats', 'show', 'pack', 'unpack',
-           'fetch', 'main', 'say_stopped']
+           'notebook_parameters', 'made_of', 'is_current', 'run_notebook', 'run_quietly', 'run_notebooks',
+           'choose_tables', 'reproduce', 'read_seeds', 'plan_tables', 'train_all', 'refuse_hopeless', 'plan',
+           'change_fields', 'train', 'leave_processes', 'runs', 'show_one', 'compare', 'score', 'check', 'stats',
+           'show', 'pack', 'unpack', 'fetch', 'main', 'say_stopped']
 
 # %% ../nbs/72_cli.ipynb #cell-05
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
@@ -82,9 +83,33 @@ def notebook_parameters(
     return {k: ast.literal_eval(p["default"]) for k, p in inspect_notebook(str(table_notebook(name))).items()}
 
 # %% ../nbs/72_cli.ipynb #cell-10
+def made_of(
+    name: str,  # of a table
+    parameters: dict,
+    results: list,  # that it rests on
+) -> str:  # hexadecimal digits
+    "Sum up all that a notebook's outputs depend on: itself, what it is told, its trainings, this package."
+    from agrivision_repro.tables import table_notebook
+
+    files = [table_notebook(name), *sorted(Path(__file__).parent.glob("*.py"))]
+    files += [r.folder / kept for r in results for kept in ("scores.json", "run.json")]
+    told = json.dumps(parameters, sort_keys=True).encode()
+    return hashlib.blake2b(told + b"".join(path.read_bytes() for path in files), digest_size=16).hexdigest()
+
+
+def is_current(name: str, origin: str, out: Path) -> bool:
+    "Tell whether a notebook was executed there on the same grounds, and all that it made still stands."
+    try:
+        known = json.loads((out / f"{name}.ipynb").read_text())["metadata"]["agrivision_repro"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return known["made_of"] == origin and all((out / file).is_file() for file in known["files"])
+
+
 def run_notebook(
     name: str,  # of a table
     parameters: dict,
+    origin: str,  # of `made_of`
     out: Path,
 ) -> str:  # what went wrong; "": nothing
     "Execute a table notebook into `out`; one that fails is kept there as far as it came."
@@ -94,36 +119,42 @@ def run_notebook(
 
     fresh, error = out / f"{name}.new.ipynb", ""
     try:
-        execute_notebook(str(table_notebook(name)), str(fresh), parameters, kernel_name="python3", progress_bar=False, cwd=str(out))
+        done = execute_notebook(str(table_notebook(name)), str(fresh), parameters, kernel_name="python3", progress_bar=False, cwd=str(out))
+        files = [p.name for p in [*out.glob(f"{name}.*"), *out.glob(f"{name}-*")] if p.suffix not in (".ipynb", ".html")]
+        done.metadata["agrivision_repro"] = {"made_of": origin, "files": sorted(files)}
+        fresh.write_text(json.dumps(done, indent=1) + "\n")
     except PapermillExecutionError as failure:
         error = " ".join(f"{failure.ename}: {failure.evalue}".split())
     os.replace(fresh, out / f"{name}.ipynb")
     return error
 
 
-def run_quietly(name: str, parameters: dict, out: Path) -> str:
+def run_quietly(name: str, parameters: dict, origin: str, out: Path) -> str:
     "Execute a notebook in a process of its own, whose kernel's warnings are nobody's business."
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
-    return run_notebook(name, parameters, out)
+    return run_notebook(name, parameters, origin, out)
 
 
 def run_notebooks(
     parameters: dict[str, dict],  # of each notebook
+    results: dict[str, list],  # what each rests on
     out: Path,
 ) -> dict[str, str]:  # those that failed, and why
-    "Execute table notebooks, two at a time; the claims, which use what the others measured, at the end."
+    "Execute table notebooks whose grounds changed, two at a time; the claims, which use what the others measured, at the end."
     from tqdm import tqdm
 
     from agrivision_repro.check import worker_pool
 
     out.mkdir(parents=True, exist_ok=True)
+    origins = {name: made_of(name, parameters[name], results[name]) for name in parameters}
+    todo = [name for name in parameters if not is_current(name, origins[name], out)]
     errors = {}
-    with tqdm(total=len(parameters), desc="notebooks", leave=False) as bar:
-        for names in ([n for n in parameters if n != "claims"], [n for n in parameters if n == "claims"]):
+    with tqdm(total=len(todo), desc="notebooks", leave=False) as bar:
+        for names in ([n for n in todo if n != "claims"], [n for n in todo if n == "claims"]):
             with worker_pool(2) as pool:
-                work = pool.map(run_quietly, names, [parameters[n] for n in names], [out] * len(names))
-                for name, error in zip(names, work, strict=True):
+                jobs = [(name, parameters[name], origins[name], out) for name in names]
+                for name, error in zip(names, pool.map(run_quietly, *zip(*jobs, strict=True)) if jobs else (), strict=True):
                     errors[name] = error
                     bar.update()
     return {name: error for name, error in errors.items() if error}
@@ -171,8 +202,8 @@ def reproduce(
     if scale == "paper" and not ray:
         refuse_hopeless(runs, workspace)
     failures = train_all(runs, workspace, ray)
-    failures |= run_notebooks({name: own for name, own in parameters.items() if name not in failures}, workspace.out)
     results = {name: [] if name in failures else workspace.results(runs[name]) for name in names}
+    failures |= run_notebooks({name: own for name, own in parameters.items() if name not in failures}, results, workspace.out)
     print(f"report: {write_report(results, workspace, failures)}")
     for name, error in failures.items():
         print(f"agrivision: {name} failed: {error}", file=sys.stderr)

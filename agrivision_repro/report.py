@@ -186,6 +186,8 @@ def html_table(
     "Write a table as HTML whose header cells say what they head; `**…**` and `[…](…)` as in Markdown."
     html = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", table.to_html(border=0, escape=True))
     html = re.sub(r"\[([^\]]+)\]\((\S+?)\)", r'<a href="\2">\1</a>', html)
+    if table.map(lambda cell: len(str(cell)) > 40).any(axis=None):  # sentences
+        html = html.replace('class="dataframe"', 'class="dataframe prose"', 1)
     html = html.replace(">", f"><caption>{escape(caption)}</caption>", 1) if caption else html
     head, body = html.split("</thead>")
     body = re.sub(r"<th(?=[ >])", '<th scope="row"', body)
@@ -314,7 +316,8 @@ h1 { font-size: 1.6rem; line-height: 1.25; } h2 { margin-top: 2.6rem; border-bot
 a { color: var(--link); } .note { background: var(--note); padding: .7rem 1rem; border-radius: .4rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93rem; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem; text-align: right; vertical-align: top; }
-th[scope=row], td:first-child { text-align: left; } thead th { background: var(--soft); border-top: 2px solid var(--ink); }
+th[scope=row], td:first-child, .prose th, .prose td { text-align: left; } .prose td:nth-of-type(odd) { min-width: 11rem; }
+th[scope=row] { white-space: nowrap; } thead th { background: var(--soft); border-top: 2px solid var(--ink); }
 img { max-width: 100%; height: auto; background: #fff; border-radius: .3rem; }
 caption { caption-side: bottom; text-align: left; font-size: .88rem; opacity: .85; padding-top: .4rem; }
 figure { margin: 1.2rem 0; } figcaption, .small { font-size: .88rem; opacity: .85; }

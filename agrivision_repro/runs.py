@@ -176,7 +176,7 @@ def provenance(engine: Engine) -> dict:  # plain strings and numbers
         "is_dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
         "versions": {p: version(p) for p in ("agrivision_repro", "torch", "torchvision", "timm", "accelerate", "numpy")},
         "python": platform.python_version(),
-        "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "device": gpu or f"{platform.machine()} CPU, {(n := torch.get_num_threads())} thread{'s' * (n > 1)}",
         "processes": engine.accelerator.num_processes,
         "precision": engine.precision,
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),

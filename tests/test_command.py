@@ -115,23 +115,23 @@ def test_a_mistake_in_the_shell():
 
 
 def test_killed_and_started_again(tmp_path):
-    "SIGKILL in the second training: the first is not repeated, and the report is made."
+    "SIGKILL when some trainings are finished: those are not repeated, and the report is made."
     out = tmp_path / "out"
-    words = [BIN / "agrivision", "reproduce", "table1_modality", "--scale", "smoke", "--device", "cpu", "--out", out]
+    words = [BIN / "agrivision", "reproduce", "table3_losses", "--scale", "smoke", "--device", "cpu", "--out", out]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 120
-    while len(list(out.glob("runs/*/run.json"))) < 2 and time.monotonic() < until:
+    while len(list(out.glob("runs/*/scores.json"))) < 2 and time.monotonic() < until:
         time.sleep(0.01)
     process.kill()
     process.wait()
     finished = {p.parent.name: p.stat().st_mtime_ns for p in out.glob("runs/*/scores.json")}
-    assert len(finished) == 1
+    assert 2 <= len(finished) < 5
     assert not (out / "index.html").exists()
     assert agrivision(*words[1:]).returncode == 0
     again = {p.parent.name: p.stat().st_mtime_ns for p in out.glob("runs/*/scores.json")}
-    assert len(again) == 2 and finished.items() <= again.items()
+    assert len(again) == 5 and finished.items() <= again.items()
     page = (out / "index.html").read_text()
-    assert "<script" not in page and 'src="http' not in page and "27.76" in page
+    assert "<script" not in page and 'src="http' not in page and "53.52" in page
 
 
 def test_runs_from_any_folder(tmp_path):

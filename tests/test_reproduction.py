@@ -1,0 +1,271 @@
+"All tables at once: every number of the report comes from the trainings, a failure stays where it is, nothing is done twice."
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+
+from agrivision_repro.claims import JUDGES, UNTESTED
+from agrivision_repro.machine import train_here
+from agrivision_repro.paper import CLAIMS, TABLE2, TABLE3
+from agrivision_repro.runs import Workspace, plan_run, saved_iteration
+from agrivision_repro.tables import TABLES, all_runs, table1
+
+BIN = Path(sys.executable).parent
+SMOKE = ["reproduce", "--scale", "smoke", "--device", "cpu", "--out"]
+
+
+def agrivision(*words):
+    return subprocess.run([BIN / "agrivision", *map(str, words)], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    "The whole paper, in seconds a training."
+    out = tmp_path_factory.mktemp("paper") / "out"
+    done = agrivision(*SMOKE, out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"report: {out / 'index.html'}"
+    return out
+
+
+@pytest.fixture
+def copy(out, tmp_path):
+    return shutil.copytree(out, tmp_path / "out")
+
+
+def scores_of(out, **fields):
+    "Read `scores.json` of the one Run with such fields, by hand."
+    found = []
+    for path in out.glob("runs/*/run.json"):
+        record = json.loads(path.read_text())["run"]
+        if all(record[name] == value for name, value in fields.items()):
+            found.append(json.loads((path.parent / "scores.json").read_text())["last"]["scores"])
+    assert len(found) == 1, fields
+    return found[0]
+
+
+class Cells(HTMLParser):
+    "Collect the texts of all table cells, links and anchors of a page."
+
+    def __init__(self, page):
+        super().__init__()
+        self.cells, self.links, self.ids, self.alts, self.scopes = [], [], set(), [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.ids.add(attrs.get("id"))
+        if tag in ("td", "th"):
+            self.cells.append("")
+            self.scopes.append((tag, attrs.get("scope")))
+        if tag == "a":
+            self.links.append(attrs["href"])
+        if tag == "img":
+            self.alts.append(attrs.get("alt"))
+
+    def handle_data(self, data):
+        if self.cells:
+            self.cells[-1] += data
+
+
+# --- every number comes from the trainings
+
+
+def test_23_trainings_serve_eight_notebooks(out):
+    assert len(list(out.glob("runs/*/scores.json"))) == len(all_runs()) == 23
+    assert all((out / f"{name}.html").is_file() for name in TABLES)
+
+
+def test_table_1(out):
+    table = pd.read_csv(out / "table1_modality.csv").set_index(["metric", "trained_on", "tested_on"])
+    for (metric, trained, tested), row in table.iterrows():
+        own = scores_of(out, channels=trained, norm="bn", lovasz=1.0)
+        assert row["mean"] == pytest.approx(100 * own[tested][metric]["mean"], abs=1e-9)
+        assert row["floor"] == pytest.approx(100 * own[tested][metric]["floor"], abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["table2_backbones", "table3_losses"])
+def test_tables_2_and_3(out, name):
+    table = pd.read_csv(out / f"{name}.csv")
+    assert set(table.metric) == {"multilabel", "challenge"} and table["class"].nunique() == 8
+    for (metric, row), cells in table.groupby(["metric", "row"]):
+        fields = {"channels": "rgbn", "dice": 1.0, "lovasz": 0.0, "depth": int(re.search(r"\d+", row)[0]) if "Net" in row else 101}
+        fields["norm"] = "bn" if row.startswith("ResNet") else f"ibn_{re.search(r'Net[0-9]+-([abs])', row)[1]}" if "Net" in row else "ibn_a"
+        if weights := re.search(r"λ1 = (\d), λ2 = (\d)", row):
+            fields |= {"dice": float(weights[1]), "lovasz": float(weights[2])}
+        if light := re.search(r", (RGB and red again|RGB alone|NIR alone)", row):
+            fields["channels"] = {"RGB and red again": "rgbr", "RGB alone": "rgb", "NIR alone": "nir3"}[light[1]]
+        own = scores_of(out, **fields)[fields["channels"]][metric]
+        found = cells["mean"].to_numpy()
+        wanted = [*own["iou"], own["mean"]]
+        np.testing.assert_allclose(found, [np.nan if v is None else 100 * v for v in wanted], atol=1e-9)
+
+
+def test_the_papers_numbers_stand_in_their_own_columns(out):
+    for name, paper, rows in (("table2_backbones", TABLE2, 8), ("table3_losses", TABLE3, 4)):
+        means = pd.read_csv(out / f"{name}.csv").query("`class` == 'mean' and metric == 'multilabel'").paper.dropna()
+        assert means.tolist() == paper["mean"].tolist() and len(means) == rows
+        shown = (out / f"{name}.md").read_text().splitlines()
+        assert shown[0].count("Paper: mean IoU") == 1 and all("| – |" in line[-6:] for line in shown[2:])  # no gap: not its data
+
+
+def test_tile_counts_add_up_to_the_scores(out):
+    "The paired differences rest on the same pixels as the table."
+    found = pd.read_csv(out / "table3_losses-differences.csv").iloc[0]
+    means = pd.read_csv(out / "table3_losses.csv").query("`class` == 'mean' and metric == 'multilabel'").set_index("row")["mean"]
+    assert found.difference == pytest.approx(means[found["of"]] - means[found["against"]], abs=1e-9)
+    assert found.low <= found.difference <= found.high
+
+
+def test_every_claim_has_a_verdict(out):
+    judged = pd.read_csv(out / "claims.csv")
+    assert judged.key.tolist() == [claim.key for claim in CLAIMS]
+    assert set(judged.verdict) == {UNTESTED}  # in ten iterations nothing is learned
+    assert judged.set_index("key").loc[list(JUDGES), "measured"].str.contains(r"\d").all()
+
+
+def test_every_number_of_the_report_is_in_its_files(out):
+    "What index.html shows is what the notebooks left, cell by cell."
+    page = Cells((out / "index.html").read_text())
+    for path in out.glob("*.table.html"):
+        own = Cells(path.read_text())
+        assert own.cells and set(own.cells) <= set(page.cells)
+        assert all(scope in ("row", "col") for tag, scope in own.scopes if tag == "th")
+    assert all(page.alts)
+
+
+def test_links_lead_somewhere(out):
+    for path in [out / "index.html", out / "claims.html"]:
+        for link in Cells(path.read_text()).links:
+            file, _, anchor = link.partition("#")
+            target = out / file if file else path
+            if link.startswith("http") or (path.name == "claims.html" and not file):
+                continue
+            assert target.is_file(), link
+            assert not anchor or file.startswith("index") is False or anchor in Cells(target.read_text()).ids, link
+
+
+def test_pages_load_nothing(out):
+    for page in out.glob("*.html"):
+        text = page.read_text()
+        assert "<script" not in text and 'src="http' not in text and "@import" not in text
+
+
+def test_tables_and_pictures_in_all_formats(out):
+    for path in out.glob("*.table.html"):
+        name = path.name.removesuffix(".table.html")
+        assert all((out / f"{name}.{ending}").stat().st_size for ending in ("csv", "md", "tex"))
+        assert r"\toprule" in (out / f"{name}.tex").read_text()
+    assert all(path.with_suffix(".pdf").read_bytes().startswith(b"%PDF") for path in out.glob("*.png"))
+
+
+# --- a wrong number is seen, a failure stays where it is, nothing is done twice
+
+
+def test_a_planted_score_is_seen(copy):
+    "A score changed in a run folder changes the table, its bold, the report; other notebooks are not run again."
+    path = next(p for p in copy.glob("runs/*/run.json") if json.loads(p.read_text())["title"].startswith("ResNet50 "))
+    scores = json.loads((path.parent / "scores.json").read_text())
+    scores["last"]["scores"]["rgbn"]["multilabel"]["mean"] = 0.98765
+    (path.parent / "scores.json").write_text(json.dumps(scores))
+    before = {p.name: p.stat().st_mtime_ns for p in copy.glob("*.ipynb")}
+    assert agrivision(*SMOKE, copy).returncode == 0
+    assert "<strong>98.8</strong>" in (copy / "index.html").read_text()
+    changed = {p.stem for p in copy.glob("*.ipynb") if p.stat().st_mtime_ns != before[p.name]}
+    assert changed == {"table2_backbones", "claims"}
+    assert "of the other seven" in (copy / "claims.md").read_text()
+
+
+def test_a_failing_notebook_loses_no_other(copy):
+    "Counts of one training are damaged: the tables that compare it fail and are named, the others stand."
+    for path in copy.glob("runs/*/run.json"):
+        if json.loads(path.read_text())["run"]["depth"] == 50:
+            (path.parent / "tiles.npy").write_bytes(b"nothing")
+            os.utime(path)
+            path.write_text(path.read_text() + "\n")  # the grounds changed
+    done = agrivision(*SMOKE, copy)
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.startswith("agrivision: ")]
+    assert any("table2_backbones failed" in line and "agrivision runs score" in line for line in lines), done.stderr
+    page = (copy / "index.html").read_text()
+    assert page.count("<strong>It failed:</strong>") == len(lines)
+    assert 'id="table3_losses"' in page and "λ1 = 1, λ2 = 1" in page
+
+
+def test_a_deleted_file_is_made_again(copy):
+    (copy / "table3_losses.tex").unlink()
+    before = {p.name: p.stat().st_mtime_ns for p in copy.glob("*.ipynb")}
+    assert agrivision(*SMOKE, copy).returncode == 0
+    assert (copy / "table3_losses.tex").is_file()
+    assert {p.stem for p in copy.glob("*.ipynb") if p.stat().st_mtime_ns != before[p.name]} == {"table3_losses"}
+
+
+def test_the_papers_scale_without_data_or_gpu(tmp_path, monkeypatch):
+    "One screen: the plan, and what is missing; nothing is started."
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = agrivision("reproduce", "--scale", "paper", "--data", "agrivision-2020", "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert "23 Runs, 0 finished" in done.stdout and "4,431 of them to score" in done.stdout and len(done.stdout.splitlines()) < 45
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("agrivision: ")]
+    assert "nothing was started" in line and "--data-root" in line and "no GPU was found" in line
+    assert not (tmp_path / "out").exists()
+
+
+# --- trainings side by side
+
+
+def children(process):
+    return [p for p in psutil.Process(process.pid).children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_run_that_fails_stops_no_other(tmp_path):
+    runs = table1("smoke")
+    bad = replace(runs[0], recipe=replace(runs[0].recipe, crop=96))  # larger than the tiles
+    outcome = train_here([bad, *runs], Workspace(tmp_path, device="cpu"))
+    assert set(outcome.results) == set(runs)
+    assert list(outcome.failures) == [bad] and "the crop 96" in outcome.failures[bad]
+
+
+def test_a_killed_training_is_named(tmp_path, monkeypatch):
+    from agrivision_repro import machine
+
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(machine, "train_alone", die)
+    monkeypatch.setattr(machine, "get_context", lambda _: __import__("multiprocessing").get_context("fork"))
+    outcome = train_here(table1("smoke"), Workspace(tmp_path, device="cpu"))
+    assert not outcome.results and all("signal 9; too little memory?" in why for why in outcome.failures.values())
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_stopped_trainings_save_their_states(tmp_path, signum):
+    "The command stopped, or killed: the trainings save what they have, and no process stays."
+    words = [BIN / "agrivision", "reproduce", "table1_modality", "--scale", "laptop", "--device", "cpu", "--out", tmp_path / "out"]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    records = []
+    while len(records) < 2 and time.monotonic() < until:
+        time.sleep(0.1)
+        records = [p for p in tmp_path.glob("out/runs/*/run.json") if json.loads(p.read_text()).get("resumed_at") is not None]
+    time.sleep(3)  # some iterations
+    family = children(process)
+    process.send_signal(signum)
+    assert process.wait(60) == (128 + signum if signum == signal.SIGTERM else -signum)
+    gone, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+    assert len(records) == 2 and all(saved_iteration(path.parent) > 0 for path in records)
+    assert plan_run("laptop", "synthetic").recipe.iterations > max(saved_iteration(path.parent) for path in records)
