@@ -11,8 +11,10 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, suppress
+from functools import partial
 from multiprocessing import get_all_start_methods, get_context, parent_process
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 
 from accelerate.tracking import GeneralTracker
@@ -23,7 +25,7 @@ from .scaling import Interrupted, Outcome, in_one_line, outcome_of, train_one, w
 from .training import Stopped, hear_signals
 
 # %% auto #0
-__all__ = ['BAR', 'divide_cores', 'Messenger', 'stop_without_parent', 'train_alone', 'Queue', 'train_side_by_side',
+__all__ = ['BAR', 'divide_cores', 'Messenger', 'stop_without_parent', 'train_alone', 'Queue', 'start_alone', 'train_side_by_side',
            'train_one_by_one', 'train_here']
 
 # %% ../nbs/65_machine.ipynb #cell-05
@@ -130,6 +132,15 @@ class Queue:
 BAR = "{desc}, {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
 
 
+def start_alone(context: BaseContext, workspace: Workspace, n_threads: int, run: Run) -> tuple[BaseProcess, Connection]:
+    "Start the process of a training."
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=train_alone, args=(run, workspace.places(), workspace.save_every, n_threads, there))
+    process.start()
+    there.close()
+    return process, here
+
+
 def train_side_by_side(
     runs: Sequence[Run],
     workspace: Workspace,
@@ -140,17 +151,9 @@ def train_side_by_side(
     context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
     if hasattr(context, "set_forkserver_preload"):
         context.set_forkserver_preload(["agrivision_repro.machine"])  # import PyTorch once
-    places = workspace.places()
-
-    def start(run: Run) -> tuple[BaseProcess, Connection]:
-        here, there = context.Pipe(duplex=False)
-        process = context.Process(target=train_alone, args=(run, places, workspace.save_every, n_threads, there))
-        process.start()
-        there.close()
-        return process, here
-
-    with tqdm(total=sum(map(work_of, runs)), bar_format=BAR, dynamic_ncols=True, leave=False) as bar, hear_signals() as came:
-        queue = Queue(runs, start, bar)
+    shown = {"bar_format": BAR, "smoothing": 0, "dynamic_ncols": True, "leave": False, "desc": f"0 of {len(runs)} trainings done"}
+    with tqdm(total=sum(map(work_of, runs)), **shown) as bar, hear_signals() as came:
+        queue = Queue(runs, partial(start_alone, context, workspace, n_threads), bar)
         try:
             while queue.waiting or queue.under_way:
                 queue.fill(n_at_once)
