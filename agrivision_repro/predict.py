@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from .backbones import check_choice
 from .batches import IMAGENET, INVERSE, TURNS, Statistics, select_channels
 from .data import AGRIVISION_2020, BadFile, open_tiles, pack_labels, read_image
-from .pictures import CLASS_COLORS, paint_classes, show_panels
+from .pictures import paint_classes, show_panels
 from .runs import Result
 from .training import TTA, Engine, make_engine, replace_file
 
