@@ -533,7 +533,8 @@ def plan_submission(
     wanted = tile_sizes(run.data, data_root) if data_root else {}
     lacking = [name for name in wanted if name not in names]
     if lacking:
-        raise ValueError(f"the inputs lack {len(lacking)} of {len(wanted)} test tiles ({', '.join(lacking[:4])}, …): name test as input")
+        shown = ", ".join(lacking[:4]) + ", …" * (len(lacking) > 4)
+        raise ValueError(f"the inputs lack {len(lacking)} of {len(wanted)} test tiles ({shown}): give the folder of the test set as input")
     return wanted
 
 

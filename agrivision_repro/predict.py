@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from .backbones import check_choice
 from .batches import IMAGENET, INVERSE, TURNS, Statistics, select_channels
-from .data import AGRIVISION_2020, BadFile, open_tiles, pack_labels, read_image
+from .data import AGRIVISION_2020, BadFile, find_edition, open_tiles, pack_labels, read_image
 from .pictures import paint_classes, show_panels
 from .runs import Result
 from .training import TTA, Engine, make_engine, replace_file
@@ -255,7 +255,7 @@ def open_tiff(path: Path) -> Iterator[Raster]:
     try:
         with tifffile.TiffFile(path) as file:
             pixels, is_placed = file.pages[0].asarray(out="memmap"), file.pages[0].is_geotiff
-            pixels = pixels if file.pages[0].axes.startswith("S") else np.moveaxis(pixels, -1, 0)
+            pixels = np.moveaxis(pixels, -1, 0) if file.pages[0].axes.endswith("S") else pixels
     except Exception as error:  # whatever a decoder may raise
         reason = " ".join(str(error).split())
         raise BadFile("unreadable", f"{path} cannot be read ({reason}): get it again, or pip install 'agrivision_repro[geo]'") from error
@@ -499,6 +499,8 @@ def tile_sizes(
     root: str | Path,  # its folder
 ) -> dict[str, tuple[int, int]]:  # name of each test tile → height, width, pixels
     "List the images of a test set, from their headers."
+    if find_edition(data).classes != CHALLENGE_CLASSES:
+        raise ValueError(f"data is {data!r}: the rules are those of agrivision-2020, so give that, or data of the same classes")
     tiles, sizes = open_tiles(data, root, "test"), {}
     for name in tiles.names:
         with Image.open(tiles.files(name)["rgb"]) as image:

@@ -378,6 +378,7 @@ def mistake(monkeypatch, capsys, result, tmp_path):
         (["FOLDER/field.tif", "FOLDER/empty/field.tif"], "several inputs are called field: predict them into folders of their own"),
         (["FOLDER/damaged.tif"], "damaged.tif cannot be read"),
         (["FOLDER/three.tif"], "(3, 8, 8) uint8, wanted (4, H, W) uint8, R, G, B, NIR: convert it"),
+        (["FOLDER/grey.tif"], "8, 9) uint8, wanted (4, H, W) uint8"),
         (["FOLDER/deep.tif"], "(4, 8, 8) uint16, wanted (4, H, W) uint8"),
         (["FOLDER/images/rgb/a.jpg"], "nir/a.jpg is missing"),
         (["FOLDER/images/rgb/b.jpg"], "b.jpg is 8×8 pixels, but the tile's RGB image is 16×16"),
@@ -399,6 +400,7 @@ def test_mistakes(words, contains, mistake, tmp_path, test_set):
     write_tiff(tmp_path / "field.tif", noise(4, 8, 8))
     write_tiff(tmp_path / "three.tif", noise(3, 8, 8))
     write_tiff(tmp_path / "deep.tif", noise(4, 8, 8).astype(np.uint16))
+    tifffile.imwrite(tmp_path / "grey.tif", noise(8, 9))
     (tmp_path / "damaged.tif").write_bytes(b"II*\0" + bytes(range(200)))
     if any("empty/field" in word for word in words):
         write_tiff(tmp_path / "empty/field.tif", noise(4, 8, 8))
@@ -600,6 +602,8 @@ def test_a_faulty_zip_is_never_written(tmp_path):
 
 def test_sizes_come_from_the_test_set(test_set):
     assert set(tile_sizes("synthetic", test_set.parent).values()) == {(64, 64)}
+    with pytest.raises(ValueError, match="data is 'naip-trees': the rules are those of agrivision-2020"):
+        tile_sizes("naip-trees", test_set.parent)
 
 
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
