@@ -489,7 +489,7 @@ Submission = Annotated[Path | None, typer.Option("--submission", help="The chall
 @app.command()
 def predict(
     run: Annotated[str, typer.Argument(help="A finished training: the first digits of its id.")],
-    images: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Four-band TIFFs, images/rgb/NAME.jpg, or a folder of such.")],
+    images: Annotated[list[Path], typer.Argument(metavar="INPUT", help="Four-band TIFFs, images/rgb/NAME.jpg, or a folder of such.")],
     out: MapsFolder,
     tta: Annotated[str, typer.Option(help="none, or d4: the eight turns of each window averaged.")] = "none",
     checkpoint: Annotated[str, typer.Option(help="last, or best on the validation tiles.")] = "last",
