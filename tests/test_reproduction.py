@@ -63,6 +63,7 @@ class Cells(HTMLParser):
     def __init__(self, page):
         super().__init__()
         self.cells, self.links, self.ids, self.alts, self.scopes = [], [], set(), [], []
+        self.is_inside = False
         self.feed(page)
 
     def handle_starttag(self, tag, attrs):
@@ -70,14 +71,18 @@ class Cells(HTMLParser):
         self.ids.add(attrs.get("id"))
         if tag in ("td", "th"):
             self.cells.append("")
+            self.is_inside = True
             self.scopes.append((tag, attrs.get("scope")))
         if tag == "a":
             self.links.append(attrs["href"])
         if tag == "img":
             self.alts.append(attrs.get("alt"))
 
+    def handle_endtag(self, tag):
+        self.is_inside &= tag not in ("td", "th")
+
     def handle_data(self, data):
-        if self.cells:
+        if self.is_inside:
             self.cells[-1] += data
 
 
