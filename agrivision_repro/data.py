@@ -298,7 +298,7 @@ class AgricultureVisionYears(AgricultureVision):
         homes = sorted(self.root.glob("data20??_miniscale"))
         if not homes:
             need_folders(self.root, ["data2017_miniscale"], self.layout)
-        self.fields = set().union(*(self.read_fields(home) for home in homes))
+        self.listed: set[str] = set().union(*(self.read_fields(home) for home in homes))
         return homes
 
     def read_fields(self, home: Path) -> list[str]:
@@ -311,7 +311,7 @@ class AgricultureVisionYears(AgricultureVision):
             raise ValueError(f"{path} does not list the fields of {self.split} ({error}): {remedy}") from error
 
     def holds(self, name: str) -> bool:
-        return field_of(name) in self.fields
+        return field_of(name) in self.listed
 
 # %% ../nbs/10_data.ipynb #cell-23
 TREE_RADIUS = 7  # pixels of 0.6 m
