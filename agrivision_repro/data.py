@@ -166,6 +166,10 @@ class Tiles(Sequence):
         "Give every file of one tile by its role, the one that sets the size first."
         raise NotImplementedError
 
+    def holds(self, name: str) -> bool:
+        "Say whether a tile found among its files belongs to this split."
+        return True
+
     def load(self, role: str, path: Path, size: tuple[int, int] | None) -> np.ndarray:
         "Read one file of a tile of `size`; raises BadFile or FileNotFoundError."
         raise NotImplementedError
@@ -254,10 +258,6 @@ class AgricultureVision(Tiles):
     def find_homes(self) -> list[Path]:
         "List the folders that hold images, labels and masks."
         return [self.root / self.split]
-
-    def holds(self, name: str) -> bool:
-        "Say whether a tile found there belongs to this split."
-        return True
 
     def files(self, name: str) -> dict[str, Path]:
         home = self.home[name]
@@ -510,7 +510,7 @@ def draw_outlines(ax, tile: Tile, n_classes: int) -> None:
 
 
 def contact_sheet(
-    tiles: Sequence[Tile],  # of one split, with `classes`
+    tiles: Tiles,  # of one split, packed or not
     n_tiles: int = 6,  # at most; evenly spread over the split
     size: float = 1.9,  # side of a picture, inches
 ) -> Figure:
