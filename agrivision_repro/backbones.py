@@ -219,7 +219,7 @@ def make_resnet(
     check_choice("depth", depth, DEPTHS)
     if pretrained:
         check_choice("in_chans of a pretrained model", in_chans, (3, 4))
-    resnet = timm.create_model(f"resnet{depth}", in_chans=3 if in_chans == 4 else in_chans, **options)
+    resnet: ResNet = timm.create_model(f"resnet{depth}", in_chans=3 if in_chans == 4 else in_chans, **options)
     swap_norms(resnet, norm)
     if pretrained:
         load_imagenet(resnet, depth, norm)

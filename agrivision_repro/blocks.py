@@ -329,6 +329,8 @@ def sites_table(
     return pd.DataFrame(columns)
 
 
-def tell_site(row: tuple) -> str:
+def tell_site(
+    row,  # of `count_sites`, by `itertuples`
+) -> str:
     "Say what stands where, and in how many blocks."
     return row.kind if row.stage == "stem" else f"{row.kind} {row.place} in {row.sites} of {row.blocks} blocks"

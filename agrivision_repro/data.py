@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,11 +24,11 @@ from PIL import Image
 from .pictures import CLASS_COLORS, add_class_legend, draw_panel, paint_classes
 
 # %% auto #0
-__all__ = ['BANDS', 'SMALL', 'AGRIVISION_2020', 'AGRIVISION_2021', 'TREE_RADIUS', 'AGRIVISION_CREDIT', 'EDITIONS', 'Tile',
-           'pack_labels', 'unpack_labels', 'BadFile', 'decode_small', 'decode', 'read_image', 'Tiles', 'need_folders',
-           'field_of', 'AgricultureVision', 'AgricultureVisionYears', 'draw_disks', 'UrbanTrees', 'Edition',
-           'find_edition', 'home_of', 'detect_edition', 'open_tiles', 'open_splits', 'fingerprint', 'paint_labels',
-           'as_panels', 'draw_outlines', 'contact_sheet']
+__all__ = ['BANDS', 'SMALL', 'AGRIVISION_2020', 'AGRIVISION_2021', 'TREE_RADIUS', 'FARTHEST', 'AGRIVISION_CREDIT', 'EDITIONS',
+           'Tile', 'pack_labels', 'unpack_labels', 'BadFile', 'decode_small', 'decode', 'read_image', 'Tiles',
+           'need_folders', 'field_of', 'AgricultureVision', 'AgricultureVisionYears', 'draw_disks', 'UrbanTrees',
+           'Edition', 'find_edition', 'home_of', 'detect_edition', 'open_tiles', 'open_splits', 'fingerprint',
+           'paint_labels', 'as_panels', 'draw_outlines', 'contact_sheet']
 
 # %% ../nbs/10_data.ipynb #cell-05
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def read_image(
         pixels = (decode_small if len(content) < SMALL else decode)(content)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is missing: unpack it again, or remove this tile from every folder") from error
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+    except Exception as error:  # on damaged bytes decoders raise whatever they run into, zlib.error, IndexError and MemoryError among it
         kind = "truncated" if "truncated" in str(error).lower() else "unreadable"
         raise BadFile(kind, f"{path} cannot be read ({error}): unpack it again") from error
     if pixels.shape[2:] != BANDS[bands] or pixels.dtype != np.uint8:
@@ -166,6 +165,10 @@ class Tiles(Sequence):
     def files(self, name: str) -> dict[str, Path]:
         "Give every file of one tile by its role, the one that sets the size first."
         raise NotImplementedError
+
+    def holds(self, name: str) -> bool:
+        "Say whether a tile found among its files belongs to this split."
+        return True
 
     def load(self, role: str, path: Path, size: tuple[int, int] | None) -> np.ndarray:
         "Read one file of a tile of `size`; raises BadFile or FileNotFoundError."
@@ -256,10 +259,6 @@ class AgricultureVision(Tiles):
         "List the folders that hold images, labels and masks."
         return [self.root / self.split]
 
-    def holds(self, name: str) -> bool:
-        "Say whether a tile found there belongs to this split."
-        return True
-
     def files(self, name: str) -> dict[str, Path]:
         home = self.home[name]
         return {
@@ -299,7 +298,7 @@ class AgricultureVisionYears(AgricultureVision):
         homes = sorted(self.root.glob("data20??_miniscale"))
         if not homes:
             need_folders(self.root, ["data2017_miniscale"], self.layout)
-        self.fields = set().union(*(self.read_fields(home) for home in homes))
+        self.listed: set[str] = set().union(*(self.read_fields(home) for home in homes))
         return homes
 
     def read_fields(self, home: Path) -> list[str]:
@@ -312,10 +311,11 @@ class AgricultureVisionYears(AgricultureVision):
             raise ValueError(f"{path} does not list the fields of {self.split} ({error}): {remedy}") from error
 
     def holds(self, name: str) -> bool:
-        return field_of(name) in self.fields
+        return field_of(name) in self.listed
 
 # %% ../nbs/10_data.ipynb #cell-23
 TREE_RADIUS = 7  # pixels of 0.6 m
+FARTHEST = 1e6  # pixels; a point beyond, or none at all, is a damaged number
 
 
 def draw_disks(
@@ -363,9 +363,12 @@ class UrbanTrees(Tiles):
     def read_points(self, path: Path) -> np.ndarray:
         "Read tree centres `(N, 2)`."
         try:
-            return pd.read_csv(path)[["x", "y"]].to_numpy(float)
-        except (KeyError, ValueError) as error:
+            points = pd.read_csv(path)[["x", "y"]].to_numpy(float)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise BadFile("unreadable", f"{path} is not a table of tree points x,y ({error}): get it again") from error
+        if not (np.abs(points) < FARTHEST).all():
+            raise BadFile("unreadable", f"{path} has points that are at no pixel: get it again")
+        return points
 
 # %% ../nbs/10_data.ipynb #cell-27
 @dataclass(frozen=True)
@@ -507,7 +510,7 @@ def draw_outlines(ax, tile: Tile, n_classes: int) -> None:
 
 
 def contact_sheet(
-    tiles: Sequence[Tile],  # of one split, with `classes`
+    tiles: Tiles,  # of one split, packed or not
     n_tiles: int = 6,  # at most; evenly spread over the split
     size: float = 1.9,  # side of a picture, inches
 ) -> Figure:

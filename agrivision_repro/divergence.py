@@ -485,8 +485,8 @@ def compare(
     rows, widths = [], list(a.layers.values())
     for estimator in a.moments:
         sides = [[t.split(widths) for t in (m.moments[estimator].mean, m.moments[estimator].var)] for m in (a, b)]
-        for depth, (layer, *parts) in enumerate(zip(a.layers, *sides[0], *sides[1], strict=True)):
-            value, dead = average_alive(*parts, eps, eps)
+        for depth, (layer, mean_a, var_a, mean_b, var_b) in enumerate(zip(a.layers, *sides[0], *sides[1], strict=True)):
+            value, dead = average_alive(mean_a, var_a, mean_b, var_b, eps, eps)
             rows.append((estimator, depth, layer, widths[depth], value.item(), int(dead)))
     table = pd.DataFrame(rows, columns=["estimator", "depth", "layer", "channels", "divergence", "dead"])
     return add_trust(table, a, b, eps, n_resamples, is_paired, seed) if n_resamples else table

@@ -16,6 +16,7 @@ from multiprocessing import get_all_start_methods, get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 from accelerate.tracking import GeneralTracker
 from tqdm import tqdm
@@ -148,7 +149,7 @@ def train_side_by_side(
     n_threads: int,  # of each
 ) -> dict[Run, str]:  # what failed, and why
     "Train Runs in processes of their own; a signal lets all of them save their states."
-    context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+    context: Any = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
     if hasattr(context, "set_forkserver_preload"):
         context.set_forkserver_preload(["agrivision_repro.machine"])  # import PyTorch once
     shown = {"bar_format": BAR, "smoothing": 0, "dynamic_ncols": True, "leave": False, "desc": f"0 of {len(runs)} trainings done"}

@@ -75,6 +75,10 @@ class CountingIoU(Metric):
 class MultilabelIoU(CountingIoU):
     "IoU of each class against all else, from the sign of its logit."
 
+    hits: Tensor
+    predicted: Tensor
+    present: Tensor
+
     def __init__(
         self,
         n_classes: int,  # background included
@@ -128,6 +132,9 @@ FALSE_POSITIVES = ("per label", "once")
 
 class ChallengeIoU(CountingIoU):
     "The challenge's IoU: the class of the largest logit, with the overlap rule."
+
+    confusion: Tensor
+    misses: Tensor
 
     def __init__(
         self,

@@ -128,9 +128,9 @@ class InstanceBatchNorm2d(nn.Module):
         super().__init__()
         if channels < 2:
             raise ValueError(f"channels is {channels}: IBN-a splits them in two, so give at least 2")
-        self.half, self.sync = channels // 2, sync
-        self.IN = nn.InstanceNorm2d(self.half, affine=True)
-        self.BN = nn.BatchNorm2d(channels - self.half)
+        self.n_instance, self.sync = channels // 2, sync
+        self.IN = nn.InstanceNorm2d(self.n_instance, affine=True)
+        self.BN = nn.BatchNorm2d(channels - self.n_instance)
 
     def forward(self, x: Tensor) -> Tensor:  # `(B, C, H, W)` to the same
         pool = partial(self.pool, n_pixels=x.shape[2:].numel())
@@ -139,11 +139,12 @@ class InstanceBatchNorm2d(nn.Module):
 
     def pool(self, mean: Tensor, variance: Tensor, n_pixels: int) -> tuple[Tensor, Tensor]:
         "Keep the first half's moments; pool the second half's over the batch."
-        batch = batch_moments(self.BN, mean[:, self.half :], variance[:, self.half :], n_pixels, self.sync)
-        return tuple(
-            torch.cat([own[:, : self.half], pooled.expand(len(own), -1)], 1)
+        batch = batch_moments(self.BN, mean[:, self.n_instance :], variance[:, self.n_instance :], n_pixels, self.sync)
+        mean, variance = (
+            torch.cat([own[:, : self.n_instance], pooled.expand(len(own), -1)], 1)
             for own, pooled in zip((mean, variance), batch, strict=True)
         )
+        return mean, variance
 
 # %% ../nbs/20_norms.ipynb #cell-26
 def batch_moments(
@@ -206,11 +207,11 @@ class SwitchNorm2d(nn.Module):
         "Pool over the batch and update the running statistics in training; recall them in evaluation."
         if not self.training:
             return self.running_mean[..., 0], self.running_var[..., 0]
-        *pooled, _ = pool_batch(mean, variance, self.sync)
+        mean, variance, _ = pool_batch(mean, variance, self.sync)
         with torch.no_grad():
-            for running, new in zip((self.running_mean, self.running_var), pooled, strict=True):
+            for running, new in ((self.running_mean, mean), (self.running_var, variance)):
                 running.lerp_(new.unsqueeze(-1).to(running), 1 - self.momentum)
-        return tuple(pooled)
+        return mean, variance
 
 # %% ../nbs/20_norms.ipynb #cell-30
 def blend(

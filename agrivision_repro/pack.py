@@ -13,6 +13,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -120,6 +121,16 @@ class PackedTiles(Sequence):
     ):
         self.folder = Path(folder)
         index = read_index(self.folder)
+        try:
+            self.describe(index)
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{self.folder / 'index.json'} is of another make ({error!r}): {REPAIR}") from error
+        self.is_checked = np.zeros(len(self.names), bool)
+        self.images = Slots.open(self.folder / "images.npy", (len(self), 4, *self.shape), np.dtype(np.uint8))
+        self.labels = Slots.open(self.folder / "labels.npy", (len(self), *self.shape), self.dtype)
+
+    def describe(self, index: dict) -> None:
+        "Take over what an index says."
         self.split, self.classes, self.is_labelled = index["split"], tuple(index["classes"]), index["is_labelled"]
         self.shape, self.dtype, self.fingerprint = tuple(index["shape"]), np.dtype(index["dtype"]), index["fingerprint"]
         self.names = [tile["name"] for tile in index["tiles"]]
@@ -127,9 +138,7 @@ class PackedTiles(Sequence):
         self.place = {name: i for i, name in enumerate(self.names)}
         self.sizes = [{role: size for role, (size, _) in tile["files"].items()} for tile in index["tiles"]]
         self.counts = Counts.of(tile["counts"] for tile in index["tiles"])
-        self.crc, self.is_checked = [tile["crc"] for tile in index["tiles"]], np.zeros(len(self.names), bool)
-        self.images = Slots.open(self.folder / "images.npy", (len(self), 4, *self.shape), np.dtype(np.uint8))
-        self.labels = Slots.open(self.folder / "labels.npy", (len(self), *self.shape), self.dtype)
+        self.crc = [tile["crc"] for tile in index["tiles"]]
 
     def file_sizes(self, name: str) -> dict[str, int]:
         "Give the bytes of every source file of one tile by its role."
@@ -169,7 +178,7 @@ class Slots:
         "Raise a `ValueError` unless a file holds an array of that shape, all of it."
         try:
             found = np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{path} cannot be opened ({error}): {REPAIR}") from error
         if found.shape != shape or found.dtype != dtype:
             raise ValueError(f"{path} is {found.shape} {found.dtype}, wanted {shape} {dtype}: {REPAIR}")
@@ -199,7 +208,7 @@ def read_index(folder: Path) -> dict:
     try:
         index = json.loads((folder / "index.json").read_text())
         is_whole = index["fingerprint"] == identify(index)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} is not a whole pack ({error}): {REPAIR}") from error
     if not is_whole:
         raise ValueError(f"{folder / 'index.json'} does not match its fingerprint: {REPAIR}")
@@ -231,8 +240,9 @@ def start_pack(tiles: Tiles, folder: Path) -> dict:  # the index without its til
         "split": tiles.split, "classes": list(tiles.classes), "is_labelled": tiles.is_labelled,
         "shape": list(shape), "dtype": dtype.name, "names": list(tiles.names),
     }  # fmt: skip
-    if (folder / "plan.json").is_file() and json.loads((folder / "plan.json").read_text()) == plan:
-        return plan
+    with suppress(OSError, ValueError):  # none, or one that was being written when its process was killed
+        if json.loads((folder / "plan.json").read_text()) == plan:
+            return plan
     shutil.rmtree(folder, ignore_errors=True)
     needed = len(tiles) * int(np.prod(shape)) * (4 + dtype.itemsize)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -254,13 +264,14 @@ def read_journal(tiles: Tiles, folder: Path) -> dict[str, dict]:  # name → ent
         return done
     images, labels = (np.load(folder / f"{kind}.npy", mmap_mode="r") for kind in ("images", "labels"))
     place = {name: i for i, name in enumerate(tiles.names)}
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             entry = json.loads(line)
-        except ValueError:  # the line at which it was killed
+            i, sizes = place[entry["name"]], {role: size for role, (size, _) in entry["files"].items()}
+            is_done = checksum(images[i], labels[i]) == entry["crc"] and sizes == tiles.file_sizes(entry["name"])
+        except (ValueError, KeyError, TypeError, AttributeError):  # the line at which it was killed
             continue
-        i, sizes = place[entry["name"]], {role: size for role, (size, _) in entry["files"].items()}
-        if checksum(images[i], labels[i]) == entry["crc"] and sizes == tiles.file_sizes(entry["name"]):
+        if is_done:
             done[entry["name"]] = entry
     return done
 

@@ -116,7 +116,7 @@ def paired_bootstrap(
     low, high = drawn.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
     ends = torch.stack([whole[0], low, high], -1)
     share = (drawn[:, 0] * whole[0, 0] > 0).double().mean().item()
-    return Comparison(*ends[0].tolist(), share, ends[1:].numpy(), drawn[:, 0].numpy())
+    return Comparison(*ends[0].tolist(), share=share, per_class=ends[1:].numpy(), resampled=drawn[:, 0].numpy())
 
 # %% ../nbs/34_paired.ipynb #cell-15
 def draw_differences(

@@ -15,8 +15,8 @@ from .backbones import NORMS
 from .runs import Run, Workspace, plan_run
 
 # %% auto #0
-__all__ = ['TABLES', 'table1', 'check_seeds', 'fig2', 'table2', 'table3', 'fig3', 'all_runs', 'no_runs', 'table_notebook',
-           'known_parameters', 'refuse_unknown']
+__all__ = ['MAX_SEED', 'TABLES', 'table1', 'check_seeds', 'fig2', 'table2', 'table3', 'fig3', 'all_runs', 'no_runs',
+           'table_notebook', 'known_parameters', 'refuse_unknown']
 
 # %% ../nbs/62_tables.ipynb #cell-05
 def table1(
@@ -34,10 +34,13 @@ def table1(
     ]
 
 
+MAX_SEED = 2**63  # torch.manual_seed takes no larger one
+
+
 def check_seeds(seeds: Sequence[int]) -> list[int]:
     "Raise a `ValueError` unless there is at least one seed, all whole, different and not negative."
-    if not seeds or any(not isinstance(s, int) or s < 0 for s in seeds) or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds are {list(seeds)}: wanted at least one, whole, different and not negative")
+    if not seeds or any(not isinstance(s, int) or not 0 <= s < MAX_SEED for s in seeds) or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds are {list(seeds)}: wanted at least one, whole, different, not negative and below 2^63")
     return list(seeds)
 
 # %% ../nbs/62_tables.ipynb #cell-07

@@ -34,7 +34,7 @@ class SplitInstanceBatchNorm2d(InstanceBatchNorm2d):
     "Split, normalise, join."
 
     def forward(self, x: Tensor) -> Tensor:
-        first, second = torch.split(x, [self.half, x.shape[1] - self.half], 1)
+        first, second = torch.split(x, [self.n_instance, x.shape[1] - self.n_instance], 1)
         return torch.cat([self.IN(first.contiguous()), self.BN(second.contiguous())], 1)
 
 

@@ -85,6 +85,14 @@ def test_compiled_norms_change_no_result():
     torch.testing.assert_close(results_of(model, torch.compile(model), x), results_of(model, model, x), rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("norm", [InstanceBatchNorm2d, SwitchNorm2d])
+def test_norms_keep_the_methods_of_every_module(norm):
+    "No attribute hides one, as `half` once did."
+    hidden = {name for name in vars(norm(4)) if callable(getattr(nn.Module, name, None))}
+    assert not hidden
+    assert {p.dtype for p in norm(4).half().parameters()} == {torch.float16}
+
+
 def test_in_other_libraries():
     x = torch.randn(2, 4, 64, 64)
     features = timm.create_model("resnet101_ibn_s", features_only=True, in_chans=4, output_stride=16)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import agrivision_repro.paired as paired
 from agrivision_repro.batches import make_batch, whole_tile
 from agrivision_repro.cli import main
+from agrivision_repro.data import UrbanTrees
 from agrivision_repro.metrics import MultilabelIoU
 from agrivision_repro.paired import draw_differences, paired_bootstrap, resample_iou, stack_seeds, sum_groups
 from agrivision_repro.runs import Workspace, plan_run, score_again
@@ -87,7 +88,8 @@ def test_the_fields_of_the_tiles(trained):
 def test_tiles_that_do_not_name_their_field(monkeypatch):
     "Each is drawn by itself."
     run, workspace = plan_run("smoke", "naip-trees"), Workspace()
-    monkeypatch.setattr(workspace, "open", lambda *_: type("Tiles", (), {"names": ["santa_monica_1", "santa_monica_2"]})())
+    monkeypatch.setattr(UrbanTrees, "find_names", lambda self: ["santa_monica_1", "santa_monica_2"])
+    monkeypatch.setattr(workspace, "open", lambda *_: UrbanTrees(Path(), "val", run.edition.classes))
     assert workspace.fields(run) == ["santa_monica_1", "santa_monica_2"]
 
 

@@ -82,6 +82,7 @@ def test_wheel_carries_the_table_notebooks(tmp_path):
     subprocess.run(build, check=True, capture_output=True)
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         inside = {Path(n).name: wheel.read(n) for n in wheel.namelist() if n.startswith("agrivision_repro/notebooks/")}
+        assert "agrivision_repro/py.typed" in wheel.namelist()  # its types are for others to use
     assert inside == {p.name: p.read_bytes() for p in (ROOT / "nbs" / "tables").glob("*.ipynb")}
     assert "table1_modality.ipynb" in inside
 

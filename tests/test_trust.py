@@ -1,0 +1,66 @@
+"What SECURITY.md and LICENCES.md say is so."
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+MODULES = sorted(path for path in (ROOT / "agrivision_repro").glob("*.py") if path.name != "_modidx.py")
+
+
+def test_every_dependency_has_a_licence():
+    from list_licences import PAGE, list_dependencies, listed, name_licence
+
+    known = listed(PAGE.read_text())
+    assert list(known) == list_dependencies() and "torch" in known and "ray" in known
+    assert not [name for name, licence in known.items() if licence in ("", "not stated")]
+    assert known["typer"] == name_licence("typer")
+
+
+def test_a_dependency_without_a_row_is_named(tmp_path, monkeypatch):
+    import list_licences
+
+    page = tmp_path / "LICENCES.md"
+    page.write_text(re.sub(r"^\| torch \|.*\n", "", list_licences.PAGE.read_text(), flags=re.MULTILINE))
+    monkeypatch.setattr(list_licences, "PAGE", page)
+    monkeypatch.setattr(sys, "argv", ["list_licences.py", "--check"])
+    with pytest.raises(SystemExit, match="LICENCES.md lacks torch: run tools/list_licences.py"):
+        list_licences.main()
+
+
+def calls(path: Path) -> dict[str, list[ast.Call]]:
+    "Collect the calls of a module by the dotted name of what is called."
+    found = {}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            found.setdefault(ast.unparse(node.func), []).append(node)
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_nothing_that_is_read_can_run(path):
+    "No eval, no pickle; PyTorch and NumPy read tensors and numbers only."
+    found = calls(path)
+    assert not found.keys() & {"eval", "exec", "compile", "pickle.load", "pickle.loads", "os.system", "joblib.load", "yaml.load"}
+    for call in found.get("torch.load", []):
+        assert {k.arg: ast.unparse(k.value) for k in call.keywords}["weights_only"] == "True"
+    for call in found.get("np.load", []):
+        assert {k.arg: ast.unparse(k.value) for k in call.keywords}.get("allow_pickle", "False") == "False"
+    assert not any(k.arg == "shell" for name in found if name.startswith("subprocess.") for call in found[name] for k in call.keywords)
+
+
+def test_every_url_that_is_fetched_is_told():
+    "The hosts of the code's URLs that data or weights come from stand in LICENCES.md or SECURITY.md."
+    from agrivision_repro.backbones import IMAGENET_URLS
+    from agrivision_repro.fetch import REPOSITORY
+
+    told = (ROOT / "LICENCES.md").read_text() + (ROOT / "SECURITY.md").read_text()
+    for url in IMAGENET_URLS.values():
+        assert url.split("/")[2] in told and re.search(r"-[0-9a-f]{8}\.pth$", url)
+    assert REPOSITORY.startswith("https://github.com/") and "GitHub" in told
+    for name in re.findall(r"`backbones\.(\w+)`", told):
+        assert name in (ROOT / "agrivision_repro/backbones.py").read_text()

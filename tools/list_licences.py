@@ -1,0 +1,57 @@
+"""List the licence of every run-time dependency as its own metadata states it, in LICENCES.md between its two marks.
+
+usage: list_licences.py [--check]     --check writes nothing and fails if a dependency is missing there
+"""
+
+import re
+import shlex
+import sys
+from configparser import ConfigParser
+from importlib.metadata import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "LICENCES.md"
+BEGIN, END = "<!-- begin: tools/list_licences.py -->", "<!-- end -->"
+
+
+def list_dependencies(root: Path = ROOT) -> list[str]:
+    "Name what settings.ini asks for at run time, the extra `cluster` included."
+    parser = ConfigParser(delimiters=["="])
+    parser.read(root / "settings.ini", encoding="utf-8")
+    asked = [word for key in ("requirements", "cluster_requirements") for word in shlex.split(parser["DEFAULT"][key])]
+    return [re.split(r"[<>=!\[;]", word)[0] for word in asked]
+
+
+def name_licence(name: str) -> str:
+    "Give the licence of an installed distribution: its expression, else its classifiers, else the first line of its text."
+    known = metadata(name)
+    if known.get("License-Expression"):
+        return known["License-Expression"]
+    classifiers = [c.split(" :: ")[-1] for c in known.get_all("Classifier") or [] if c.startswith("License ::")]
+    return ", ".join(classifiers) or (known.get("License") or "not stated").strip().splitlines()[0]
+
+
+def make_table() -> str:
+    "Write a row a dependency."
+    rows = [f"| {name} | {name_licence(name)} |" for name in list_dependencies()]
+    return "\n".join(["| package | licence |", "|---|---|", *rows])
+
+
+def listed(page: str) -> dict[str, str]:
+    "Read the table of a page: package → licence."
+    table = page.split(BEGIN)[1].split(END)[0].split("|---|---|")[-1]
+    return dict(re.findall(r"^\| (\S+) \| (.+) \|$", table, re.MULTILINE))
+
+
+def main() -> None:
+    page = PAGE.read_text()
+    if "--check" in sys.argv[1:]:
+        missing = set(list_dependencies()) - listed(page).keys()
+        sys.exit(f"LICENCES.md lacks {', '.join(sorted(missing))}: run tools/list_licences.py" if missing else 0)
+    before, rest = page.split(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n{make_table()}\n{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main()
