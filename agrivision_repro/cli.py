@@ -47,13 +47,14 @@ def read_value(text: str):  # a Python value
     "Read `0.5`, `[0, 1]` or plain text."
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # "{[]: 1}", many brackets
         return text
 
 
 def check_type(value, like, pair: str):  # the value
     "Give a value in the type of another; a whole number will do for a float."
-    value = float(value) if type(value) is int and type(like) is float else value
+    if type(value) is int and type(like) is float and abs(value) < 2**63:  # a float holds no much larger one
+        value = float(value)
     if type(value) is not type(like):
         raise ValueError(f"parameter {pair!r}: wanted {type(like).__name__}, like {like!r}")
     return value

@@ -56,11 +56,11 @@ from agrivision_repro.training import (
 )
 
 # %% auto #0
-__all__ = ['SCALES', 'CHECKPOINTS', 'TILES', 'PACK_UP_TO', 'Scale', 'find_scale', 'Run', 'plan_run', 'run_id', 'git',
-           'provenance', 'write_json', 'write_array', 'read_json', 'Result', 'read_tiles', 'build_model', 'build_loss',
-           'thin_out', 'default_out', 'remove_empty', 'Workspace', 'hold', 'train_run', 'score_inputs',
+__all__ = ['SCALES', 'ANEW', 'CHECKPOINTS', 'TILES', 'PACK_UP_TO', 'Scale', 'find_scale', 'Run', 'plan_run', 'run_id', 'git',
+           'provenance', 'write_json', 'write_array', 'read_json', 'refusing', 'Result', 'read_tiles', 'build_model',
+           'build_loss', 'thin_out', 'default_out', 'remove_empty', 'Workspace', 'hold', 'train_run', 'score_inputs',
            'score_checkpoints', 'train_and_score', 'progress_of', 'saved_iteration', 'is_held', 'show_age', 'list_runs',
-           'find_run', 'flatten', 'show_run', 'compare_runs', 'read_result', 'score_again']
+           'row_of', 'find_run', 'flatten', 'show_run', 'compare_runs', 'read_result', 'score_again']
 
 # %% ../nbs/60_runs.ipynb #cell-05
 @dataclass(frozen=True)
@@ -198,12 +198,27 @@ def write_array(path: Path, array: np.ndarray) -> None:
     replace_file(path, write)
 
 
+ANEW = "remove its folder, and the Run is trained anew"
+
+
 def read_json(path: Path) -> dict:
     "Read a JSON file; raises ValueError if it is none."
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): remove its folder, and the Run is trained anew") from error
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {ANEW}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged (it holds {type(content).__name__}, wanted names and values): {ANEW}")
+    return content
+
+
+@contextmanager
+def refusing(folder: Path) -> Iterator[None]:
+    "Raise a ValueError where a record lacks something or has it in another form."
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{folder} is damaged, or of another version ({error!r}): {ANEW}") from error
 
 # %% ../nbs/60_runs.ipynb #cell-17
 @dataclass(frozen=True)
@@ -546,15 +561,21 @@ def list_runs(
     "List all Runs of a folder."
     rows = []
     for path in sorted(Path(out).glob("runs/*/run.json"), key=lambda p: p.stat().st_mtime):
-        record, folder = read_json(path), path.parent
-        scores = read_json(folder / "scores.json")["last"]["scores"] if (folder / "scores.json").is_file() else {}
-        means = {channels: 100 * by_metric["multilabel"]["mean"] for channels, by_metric in scores.items()}
-        rows.append({
-            "id": folder.name, "title": record["title"], "data": record["run"]["data"], "state": progress_of(folder, record),
-            "age": show_age(time.time() - path.stat().st_mtime), "mIoU, %": ", ".join(f"{c} {m:.1f}" for c, m in means.items()) or "–",
-            "device": record["device"], "commit": record["commit"][:10] + (" + changes" if record["is_dirty"] else ""),
-        })  # fmt: skip
+        with refusing(path.parent):
+            rows.append(row_of(path))
     return pd.DataFrame(rows)
+
+
+def row_of(path: Path) -> dict:  # column → value
+    "Describe the Run of a `run.json`."
+    record, folder = read_json(path), path.parent
+    scores = read_json(folder / "scores.json")["last"]["scores"] if (folder / "scores.json").is_file() else {}
+    means = {channels: 100 * by_metric["multilabel"]["mean"] for channels, by_metric in scores.items()}
+    return {
+        "id": folder.name, "title": record["title"], "data": record["run"]["data"], "state": progress_of(folder, record),
+        "age": show_age(time.time() - path.stat().st_mtime), "mIoU, %": ", ".join(f"{c} {m:.1f}" for c, m in means.items()) or "–",
+        "device": record["device"], "commit": record["commit"][:10] + (" + changes" if record["is_dirty"] else ""),
+    }  # fmt: skip
 
 
 def find_run(
@@ -579,7 +600,8 @@ def flatten(content: dict, prefix: str = "") -> dict:  # dotted names → values
 
 def show_run(folder: Path) -> pd.Series:
     "Give all that is known of a Run, one name a value."
-    content = read_json(folder / "run.json") | {"progress": progress_of(folder, read_json(folder / "run.json"))}
+    with refusing(folder):
+        content = read_json(folder / "run.json") | {"progress": progress_of(folder, read_json(folder / "run.json"))}
     scores = read_json(folder / "scores.json") if (folder / "scores.json").is_file() else {}
     return pd.Series(flatten(content | scores), dtype=object)
 
@@ -597,9 +619,10 @@ def read_result(folder: Path) -> Result:
     if not (folder / "scores.json").is_file():
         raise ValueError(f"{folder} is not finished: train it to the end first")
     record = read_json(folder / "run.json")
-    described = dict(record["run"])
-    recipe, farm = Recipe(**described.pop("recipe")), described.pop("farm")
-    run = Run(recipe, farm=Farmland(**farm) if farm else None, **described)
+    with refusing(folder):
+        described = dict(record["run"])
+        recipe, farm = Recipe(**described.pop("recipe")), described.pop("farm")
+        run = Run(recipe, farm=Farmland(**farm) if farm else None, **described)
     return Result(run, folder, record, read_json(folder / "scores.json"))
 
 

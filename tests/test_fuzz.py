@@ -222,7 +222,6 @@ def records(draw) -> bytes:
     return json.dumps(record).encode()
 
 
-@pytest.mark.xfail(reason="60_runs: a record that is JSON but not a Run's raises KeyError or TypeError", raises=BaseException)
 @quickly(100)
 @given(
     run=st.binary(max_size=40) | json_values.map(lambda value: json.dumps(value).encode()) | records(),
@@ -273,7 +272,6 @@ def must_be_plain(out: Path, *words: str) -> None:
     assert not out.exists() or not os.listdir(out)
 
 
-@pytest.mark.xfail(reason="72_cli: read_value lets TypeError out, check_type OverflowError", raises=BaseException)
 @quickly(40)
 @given(name=st.sampled_from(["lambda2", "seeds", "scale", "data", ""]) | words, value=values)
 @example(name="lambda2", value="{[]:1}")
