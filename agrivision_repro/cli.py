@@ -96,8 +96,9 @@ def made_of(
 
     files = [table_notebook(name), *sorted(Path(agrivision_repro.__file__).parent.glob("*.py"))]
     files += [r.folder / kept for r in results for kept in ("scores.json", "run.json")]
-    told = json.dumps(parameters, sort_keys=True).encode()
-    return hashlib.blake2b(told + b"".join(path.read_bytes() for path in files), digest_size=16).hexdigest()
+    told = {k: v for k, v in parameters.items() if k not in ("out", "data_root")}  # where things lie does not matter
+    content = [json.dumps(told, sort_keys=True).encode(), *(path.read_bytes() for path in files)]
+    return hashlib.blake2b(b"".join(content), digest_size=16).hexdigest()
 
 
 def is_current(name: str, origin: str, out: Path) -> bool:
