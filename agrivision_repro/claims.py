@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from .class_tables import Comparison, compare
+from .class_tables import compare
 from .figures import NETS, divergence_and_score, figure2_medians, figure2_scores, rank_correlation, switch_weights
+from .paired import Comparison
 from .paper import CLAIMS, UNSUPPORTED
 from .runs import Result, Workspace
 from .training import Recipe

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,7 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from .data import Tile, unpack_labels
-from .paired import paired_bootstrap
+from .paired import Comparison, paired_bootstrap
 from .paper import CLASSES
 from .pictures import CLASS_COLORS, draw_panel
 from .report import METRIC, predict_labels, show_paper, show_score, spread
@@ -26,7 +25,7 @@ from .training import METRICS
 
 # %% auto #0
 __all__ = ['LIGHT', 'BACKBONE_PAIRS', 'LOSS_PAIRS', 'backbone_row', 'loss_row', 'gather', 'class_scores', 'class_table',
-           'size_table', 'Comparison', 'compare', 'compare_rows', 'show_comparisons', 'show_most', 'draw_prediction',
+           'size_table', 'verdict_of', 'compare', 'compare_rows', 'show_comparisons', 'show_most', 'draw_prediction',
            'draw_figure3']
 
 # %% ../nbs/71_class_tables.ipynb #cell-05
@@ -115,18 +114,9 @@ def size_table(
     return pd.DataFrame(rows).T
 
 # %% ../nbs/71_class_tables.ipynb #cell-14
-class Comparison(NamedTuple):
-    "A difference in mIoU, points of %, and where 95 % of the resamples lie."
-
-    difference: float
-    low: float
-    high: float
-    n_seeds: int
-
-    @property
-    def verdict(self) -> str:
-        "Say which is better, if that can be said."
-        return "higher" if self.low > 0 else "lower" if self.high < 0 else "within noise"
+def verdict_of(found: Comparison) -> str:
+    "Say which is better, if that can be said."
+    return "higher" if found.low > 0 else "lower" if found.high < 0 else "within noise"
 
 
 def compare(
@@ -139,8 +129,7 @@ def compare(
     own = np.stack([r.tile_counts(r.run.channels) for r in ours])
     other = np.stack([r.tile_counts(tested or r.run.channels) for r in others])
     fields = workspace.fields(ours[0].run)
-    found = paired_bootstrap(other, own, groups=fields if len(set(fields)) > 1 else None)  # one field: its tiles
-    return Comparison(found.difference, found.low, found.high, len(ours))
+    return paired_bootstrap(other, own, groups=fields if len(set(fields)) > 1 else None)  # one field: its tiles
 
 
 def compare_rows(
@@ -151,7 +140,8 @@ def compare_rows(
 ) -> pd.DataFrame:  # a row a pair: better, than, difference, low, high, n, verdict
     "Compare the rows that the text compares."
     rows = gather(results, row_of)
-    found = [(a, b, *(c := compare(rows[a], rows[b], workspace)), c.verdict) for a, b in pairs]
+    compared = {pair: compare(rows[pair[0]], rows[pair[1]], workspace) for pair in pairs}
+    found = [(a, b, c.difference, c.low, c.high, len(rows[a]), verdict_of(c)) for (a, b), c in compared.items()]
     return pd.DataFrame(found, columns=["of", "against", "difference", "low", "high", "n", "verdict"])
 
 
