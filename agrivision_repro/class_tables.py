@@ -66,11 +66,11 @@ def class_scores(
             scores = [r.scores[r.run.channels][metric] for r in own]
             columns = {c: [s["iou"][k] for s in scores] for k, c in enumerate(run.edition.classes)} | {"mean": [s["mean"] for s in scores]}
             for column, values in columns.items():
-                values = 100 * np.array([np.nan if v is None else v for v in values])
+                scored = 100 * np.array([np.nan if v is None else v for v in values])
                 known = metric == "multilabel" and place is not None and column in paper and run.edition.classes == CLASSES
                 printed = paper.loc[place, column if known else "mean"] if place is not None and metric == "multilabel" else np.nan
                 printed = printed if known or column == "mean" else np.nan
-                cells.append((metric, name, column, values.mean(), spread(values), len(values), printed))
+                cells.append((metric, name, column, scored.mean(), spread(scored), len(scored), printed))
     return pd.DataFrame(cells, columns=["metric", "row", "class", "mean", "sd", "n", "paper"])
 
 # %% ../nbs/71_class_tables.ipynb #cell-10

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from dataclasses import fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -21,11 +22,11 @@ import typer
 # %% auto #0
 __all__ = ['app', 'ScaleName', 'RunData', 'DataRoot', 'Out', 'Device', 'Precision', 'runs_app', 'RunId', 'data_app', 'Root',
            'DataName', 'Workers', 'AsJson', 'TrainingsFolder', 'MapsFolder', 'Submission', 'submission_app',
-           'agrivision', 'read_value', 'check_type', 'read_parameters', 'notebook_parameters', 'made_of', 'is_current',
-           'run_notebook', 'run_quietly', 'run_notebooks', 'choose_tables', 'reproduce', 'read_seeds', 'plan_tables',
-           'train_all', 'refuse_hopeless', 'plan', 'change_fields', 'train', 'leave_processes', 'runs', 'show_one',
-           'compare', 'score', 'check', 'stats', 'show', 'pack', 'unpack', 'fetch', 'predict', 'plan_submission',
-           'submission_group', 'check_zip', 'main', 'say_stopped']
+           'agrivision', 'read_value', 'check_type', 'read_parameters', 'need_notebooks', 'notebook_parameters',
+           'made_of', 'is_current', 'run_notebook', 'run_quietly', 'run_notebooks', 'choose_tables', 'reproduce',
+           'read_seeds', 'plan_tables', 'train_all', 'refuse_hopeless', 'plan', 'change_fields', 'train',
+           'leave_processes', 'runs', 'show_one', 'compare', 'score', 'check', 'stats', 'show', 'pack', 'unpack',
+           'fetch', 'predict', 'plan_submission', 'submission_group', 'check_zip', 'main', 'say_stopped']
 
 # %% ../nbs/72_cli.ipynb #cell-05
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
@@ -72,6 +73,13 @@ def read_parameters(
             raise ValueError(f"unknown parameter {pair!r}: the notebooks know {', '.join(known)}, each as NAME=VALUE")
         given[name] = check_type(read_value(text), known[name], pair)
     return given
+
+
+def need_notebooks() -> None:
+    "Raise ValueError where what runs notebooks is not installed."
+    missing = [name for name in ("papermill", "ipykernel", "nbconvert", "latex2mathml") if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"notebooks cannot run here: no {', '.join(missing)}. Install the extra: pip install 'agrivision_repro[notebooks]'")
 
 
 def notebook_parameters(
@@ -196,7 +204,8 @@ def reproduce(
     ray: Annotated[str, typer.Option(help="Train over Ray: auto (the cluster that runs here), local (start it), or HOST:PORT.")] = "",
 ):
     "Train what the tables need, run their notebooks and write the report."
-    from agrivision_repro.report import write_report
+    need_notebooks()
+    from agrivision_repro.pages import write_report
     from agrivision_repro.runs import Workspace
 
     names = choose_tables(tables or [])
@@ -482,7 +491,7 @@ def fetch(
     report = fetch_naip_trees(folder, source, n_workers=workers, shows_progress=True)
     raise typer.Exit(0 if report.is_trustworthy else 1)
 
-# %% ../nbs/72_cli.ipynb #cell-predict-1
+# %% ../nbs/72_cli.ipynb #cell-30
 TrainingsFolder = Annotated[Path, typer.Option("--out-of-trainings", help="Folder of all results, where the training is.")]
 MapsFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder of the maps.")]
 Submission = Annotated[Path | None, typer.Option("--submission", help="The challenge's zip, checked before it is written.")]
@@ -521,7 +530,7 @@ def predict(
         write_submission(out / "labels", submission, wanted or sizes)
         print(f"{submission}: {len(wanted or sizes)} maps, every rule of the challenge kept")
 
-# %% ../nbs/72_cli.ipynb #cell-predict-2
+# %% ../nbs/72_cli.ipynb #cell-31
 def plan_submission(
     run,
     data_root: str,  # "": not given
@@ -563,7 +572,7 @@ def check_zip(
     print(*faults, f"{path}: {len(faults) or 'nothing'} wrong", sep="\n")
     raise typer.Exit(1 if faults else 0)
 
-# %% ../nbs/72_cli.ipynb #cell-30
+# %% ../nbs/72_cli.ipynb #cell-34
 def main() -> None:
     "Run the command; a user's mistake is one line on stderr and exit code 2 (set AGRIVISION_TRACEBACK for the whole story)."
     try:
@@ -571,10 +580,10 @@ def main() -> None:
     except Exception as error:
         if hasattr(error, "signum"):  # training.Stopped
             sys.exit(say_stopped(128 + error.signum))
-        is_usage = hasattr(error, "format_message")  # of the command line's parser
-        if os.environ.get("AGRIVISION_TRACEBACK") or not (is_usage or isinstance(error, (ValueError, OSError))):
+        explain = getattr(error, "format_message", None)  # of the command line's parser
+        if os.environ.get("AGRIVISION_TRACEBACK") or not (explain or isinstance(error, (ValueError, OSError))):
             raise
-        message = error.format_message() + " (see --help)" if is_usage else str(error)
+        message = explain() + " (see --help)" if explain else str(error)
         print("agrivision: " + " ".join(message.split()), file=sys.stderr)
         sys.exit(2)
     sys.exit(say_stopped(code) if code == 128 + signal.SIGINT else code)  # Typer's own answer to Ctrl-C

@@ -14,7 +14,6 @@ from contextlib import redirect_stderr, suppress
 from functools import partial
 from multiprocessing import get_all_start_methods, get_context, parent_process
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -133,7 +132,7 @@ class Queue:
 BAR = "{desc}, {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
 
 
-def start_alone(context: BaseContext, workspace: Workspace, n_threads: int, run: Run) -> tuple[BaseProcess, Connection]:
+def start_alone(context: Any, workspace: Workspace, n_threads: int, run: Run) -> tuple[BaseProcess, Connection]:
     "Start the process of a training."
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=train_alone, args=(run, workspace.places(), workspace.save_every, n_threads, there))

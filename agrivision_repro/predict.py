@@ -132,11 +132,11 @@ def blend_row(
     weights: np.ndarray,  # `(K, w)` float32
 ) -> np.ndarray:  # logits, `(C, h, W)` float32
     "Predict a row of windows: the inner sum."
-    strip, width = None, weights.shape[1]
+    strip, width = np.zeros(0, np.float32), weights.shape[1]
     for first in range(0, len(lefts), AT_ONCE):
         some = slice(first, first + AT_ONCE)
         logits = predictor(torch.from_numpy(np.stack([pixels[..., left : left + width] for left in lefts[some]]))).numpy()
-        strip = np.zeros((logits.shape[1], *pixels.shape[1:]), np.float32) if strip is None else strip
+        strip = strip if strip.size else np.zeros((logits.shape[1], *pixels.shape[1:]), np.float32)
         for left, own, weight in zip(lefts[some], logits, weights[some], strict=True):
             strip[..., left : left + width] += own * weight
     return strip

@@ -422,7 +422,10 @@ class Workspace:
                 if self.finished(run) is None:
                     train_run(run, self, engine, folder, title or run.title)
                 engine.accelerator.wait_for_everyone()
-        return self.finished(run)
+        result = self.finished(run)
+        if result is None:
+            raise FileNotFoundError(f"{self.folder(run)} lost its scores.json while it was trained: train it again")
+        return result
 
     def results(self, runs: Sequence[Run]) -> list[Result]:
         "Give several finished Runs, each trained once."

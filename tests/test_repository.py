@@ -15,6 +15,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
+EXTRAS = "notebooks,cluster,geo,dev"
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +56,9 @@ def test_environment_adds_nothing_to_settings(settings):
     assert environment["channels"][0] == "conda-forge"
     assert {re.split(r"[<>= ]", d)[0] for d in conda} == {"python", "pip", "make"}
     assert f">={settings['min_python']}" in next(d for d in conda if d.startswith("python"))
-    assert pip == ["-c constraints.txt", "-e .[dev,cluster]"]
-    assert "dev_requirements" in settings and "cluster_requirements" in settings
-    assert "-e '.[dev,cluster]'" in (ROOT / "tools" / "make_venv.sh").read_text()
+    assert pip == ["-c constraints.txt", f"-e .[{EXTRAS}]"]
+    assert all(f"{extra}_requirements" in settings for extra in EXTRAS.split(","))
+    assert f"-e '.[{EXTRAS}]'" in (ROOT / "tools" / "make_venv.sh").read_text()
 
 
 def test_every_requirement_is_constrained(settings):
