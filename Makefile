@@ -43,10 +43,12 @@ gpu-check: $(VENV)/.ready
 # the tables and pictures on README's first screen: synthetic farmland, then the NAIP chips in DATA_ROOT
 showcase: $(VENV)/.ready
 	$(BIN)/agrivision reproduce --scale laptop --data synthetic --out out
-	$(BIN)/agrivision reproduce fig2_divergence --scale laptop --data naip-trees --data-root "$(DATA_ROOT)" --seeds 0,1,2 --out out/naip
+	$(BIN)/agrivision reproduce --scale laptop --data naip-trees --data-root "$(DATA_ROOT)" --out out/naip
+	$(BIN)/agrivision reproduce fig2_divergence --scale laptop --data naip-trees --data-root "$(DATA_ROOT)" --seeds 0,1,2 --out out/naip-seeds
 	mkdir -p nbs/showcase
 	cp out/table1_modality.csv out/table1_modality.png out/table2_backbones.csv out/table3_losses.csv out/claims.csv nbs/showcase/
-	cp out/naip/fig2_divergence.csv out/naip/fig2_divergence.png nbs/showcase/
+	cp out/naip/claims.csv nbs/showcase/claims_naip.csv
+	cp out/naip-seeds/fig2_divergence.csv out/naip-seeds/fig2_divergence.png nbs/showcase/
 	$(BIN)/python tools/export.py --run index
 
 clean:

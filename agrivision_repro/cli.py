@@ -79,7 +79,7 @@ def need_notebooks() -> None:
     "Raise ValueError where what runs notebooks is not installed."
     missing = [name for name in ("papermill", "ipykernel", "nbconvert", "latex2mathml") if find_spec(name) is None]
     if missing:
-        raise ValueError(f"notebooks cannot run here: no {', '.join(missing)}. Install the extra: pip install 'agrivision_repro[notebooks]'")
+        raise ValueError(f"notebooks need {', '.join(missing)}: pip install 'agrivision_repro[notebooks]'")
 
 
 def notebook_parameters(
