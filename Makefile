@@ -15,7 +15,7 @@ PIP_ARGS  ?=
 VENV      ?= .venv
 BIN       := $(VENV)/bin
 
-.PHONY: test reproduce notebooks export showcase gpu-check clean
+.PHONY: test reproduce notebooks export showcase gpu-check bench clean
 
 $(VENV)/.ready: settings.ini setup.py pyproject.toml constraints.txt tools/make_venv.sh
 	@PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" sh tools/make_venv.sh $(VENV)
@@ -25,7 +25,7 @@ test: $(VENV)/.ready
 	$(BIN)/python tools/check_in_step.py
 	$(BIN)/ruff check .
 	$(BIN)/python tools/test_notebooks.py
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 reproduce: $(VENV)/.ready
 	$(BIN)/agrivision reproduce $(TABLES) --scale $(SCALE) --data $(DATA) --data-root "$(DATA_ROOT)" --out "$(OUT)" --seeds "$(SEEDS)" --device $(DEVICE)
@@ -39,6 +39,11 @@ export: $(VENV)/.ready
 # norms, losses and the first steps of the paper's training on a GPU; writes gpu.json
 gpu-check: $(VENV)/.ready
 	$(BIN)/python benchmarks/gpu.py --out gpu.json
+
+# every ratio that is claimed, beside plain forms and public peers: half an hour on a quiet machine; nbs/benchmarks.ipynb shows what it writes
+bench: $(VENV)/.ready
+	for name in data norms network losses training divergence; do $(BIN)/python benchmarks/$$name.py --json benchmarks/results/$$name.json || exit 1; done
+	$(BIN)/python tools/export.py --run benchmarks
 
 # the tables and pictures on README's first screen: synthetic farmland, then the NAIP chips in DATA_ROOT
 showcase: $(VENV)/.ready

@@ -16,7 +16,7 @@ from time import perf_counter
 import numpy as np
 import pandas as pd
 from PIL import Image
-from timing import set_up
+from timing import set_up, show
 from torch.utils.data import DataLoader, Dataset
 
 from agrivision_repro.batches import IMAGENET, SampleStream, make_batch, training_loader
@@ -80,4 +80,4 @@ if __name__ == "__main__":
         table = pd.DataFrame({"tiles/s": {name: median(found) for name, found in rates.items()}})
         table["MB/s of pixels"] = table["tiles/s"] * 4 * FARM.size**2 / 1e6
         table["times plain"] = table["tiles/s"] / table["tiles/s"]["plain"]
-        print(f"{len(tiles)} tiles of {FARM.size}², batches of {BATCH}\n{table.round(1).to_string()}")
+        show(given, f"{len(tiles)} tiles of {FARM.size}², batches of {BATCH}", table.round(1))

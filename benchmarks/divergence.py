@@ -6,8 +6,9 @@ A forward pass of ResNet-101 (output stride 16, the paper's) on 8 tiles of 256 p
 
 from __future__ import annotations
 
+import pandas as pd
 import torch
-from timing import alternate, peak_bytes, set_up
+from timing import alternate, peak_bytes, set_up, show
 from torch import Tensor, nn
 
 from agrivision_repro.backbones import create_backbone
@@ -40,7 +41,7 @@ if __name__ == "__main__":
         with torch.no_grad():
             medians = alternate(ways, given.rounds, warm_up=1)
             peaks = {name: peak_bytes(way) for name, way in ways.items()}
-        print(f"\n{str(layout).removeprefix('torch.')}")
-        for name, ms in medians.items():
-            extra = (peaks[name] - peaks["bare forward"]) / 1e6
-            print(f"{name:28} {ms:8.0f} ms  {ms / medians['bare forward']:.2f} × bare  {extra:+8.1f} MB above bare")
+        table = pd.DataFrame({"ms": medians, "MB above bare": peaks})
+        table.insert(1, "times bare", table["ms"] / table.loc["bare forward", "ms"])
+        table["MB above bare"] = (table["MB above bare"] - peaks["bare forward"]) / 1e6
+        show(given, str(layout).removeprefix("torch."), table.round(2))

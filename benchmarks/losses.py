@@ -6,9 +6,11 @@ Forward and backward of the Lovász hinge at (4, 7, 256, 256), with logits as a 
 
 from __future__ import annotations
 
+from argparse import Namespace
+
 import torch
 from segmentation_models_pytorch.losses import LovaszLoss
-from timing import alternate, peak_bytes, set_up, table_of
+from timing import alternate, peak_bytes, set_up, show, table_of
 from torch import Tensor
 from torchmetrics.classification import MultilabelJaccardIndex
 
@@ -46,7 +48,7 @@ def draw_patches() -> tuple[Tensor, Tensor]:
     return torch.arange(SHAPE[1])[:, None, None] == classes[:, None], valid
 
 
-def compare_lovasz(title: str, logits: Tensor, targets: Tensor, valid: Tensor, rounds: int) -> None:
+def compare_lovasz(title: str, logits: Tensor, targets: Tensor, valid: Tensor, given: Namespace) -> None:
     logits = logits.requires_grad_()
     peer = LovaszLoss("multilabel", from_logits=True)
     losses = {
@@ -63,23 +65,23 @@ def compare_lovasz(title: str, logits: Tensor, targets: Tensor, valid: Tensor, r
         return run
 
     steps = {name: step(loss) for name, loss in losses.items()}
-    table = table_of(alternate(steps, rounds), "full sort")
+    table = table_of(alternate(steps, given.rounds), "full sort")
     table["peak, logits"] = [round(peak_bytes(run) / (4 * logits.numel()), 1) for run in steps.values()]
     active = (((2 * targets.float() - 1) * logits < 1) & valid[:, None]).float().mean().item()
-    print(f"\nLovász hinge, {title}: {100 * active:.1f} % of the pixels active\n{table.to_string()}")
+    show(given, f"Lovász hinge, {title}: {100 * active:.1f} % of the pixels active", table)
     assert abs(losses["ours"]().item() - losses["full sort"]().item()) < 1e-5
 
 
-def compare_iou(logits: Tensor, targets: Tensor, valid: Tensor, rounds: int) -> None:
+def compare_iou(logits: Tensor, targets: Tensor, valid: Tensor, given: Namespace) -> None:
     ours, peer = MultilabelIoU(SHAPE[1]), MultilabelJaccardIndex(SHAPE[1], validate_args=False)
     ways = {
         "float": lambda: float_iou(logits, targets, valid),
         "ours": lambda: ours.update(logits, targets, valid),
         "torchmetrics": lambda: peer.update(logits, targets.int()),  # a mask of valid pixels it does not take
     }
-    table = table_of(alternate(ways, rounds), "float")
+    table = table_of(alternate(ways, given.rounds), "float")
     table["peak, logits"] = [round(peak_bytes(way) / (4 * logits.numel()), 1) for way in ways.values()]
-    print(f"\nMultilabelIoU.update\n{table.to_string()}")
+    show(given, "MultilabelIoU.update", table)
 
 
 if __name__ == "__main__":
@@ -88,6 +90,6 @@ if __name__ == "__main__":
     targets, valid = draw_patches()
     sure = (2 * targets.float() - 1) * (1 + torch.randn(SHAPE).exp())
     trained = torch.where(torch.rand(SHAPE) < 0.02, 0.3 * torch.randn(SHAPE), sure)
-    compare_iou(trained, targets, valid, given.rounds)
-    compare_lovasz("fresh model", 0.1 * torch.randn(SHAPE), targets, valid, given.rounds)
-    compare_lovasz("trained model", trained, targets, valid, given.rounds)
+    compare_iou(trained, targets, valid, given)
+    compare_lovasz("fresh model", 0.1 * torch.randn(SHAPE), targets, valid, given)
+    compare_lovasz("trained model", trained, targets, valid, given)

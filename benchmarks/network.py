@@ -10,7 +10,7 @@ from contextlib import nullcontext
 
 import segmentation_models_pytorch
 import torch
-from timing import alternate, set_up, table_of
+from timing import alternate, set_up, show, table_of
 from torch import nn
 
 from agrivision_repro.backbones import NORMS
@@ -52,8 +52,8 @@ if __name__ == "__main__":
     medians = alternate(ways, given.rounds, warm_up=1)
     table = table_of(medians, "bn, plain")
     table["GMACs, 512² tile"] = [round(count_gmacs(model, (1, 4, 512, 512)), 2) for model in (*models.values(), peer)]
-    print(table.to_string())
+    show(given, "float32, NCHW, eager", table)
 
     ways = {"ibn_s, plain": training_step(models["ibn_s"]), "ibn_s, default": training_step(DeepLabV3Plus(N_CLASSES, 101, "ibn_s"), True)}
-    print(f"\ndefault: channels_last, {'bfloat16' if has_bf16(torch.get_default_device()) else 'float32 (no bfloat16 units here)'}")
-    print(table_of(alternate(ways, given.rounds, warm_up=1), "ibn_s, plain").to_string())
+    default = f"default: channels_last, {'bfloat16' if has_bf16(torch.get_default_device()) else 'float32 (no bfloat16 units here)'}"
+    show(given, default, table_of(alternate(ways, given.rounds, warm_up=1), "ibn_s, plain"))

@@ -6,8 +6,10 @@ of IBN-a splits the image, normalises the halves and joins them.
 
 from __future__ import annotations
 
+from argparse import Namespace
+
 import torch
-from timing import alternate, peak_bytes, set_up, table_of
+from timing import alternate, peak_bytes, set_up, show, table_of
 from torch import Tensor, nn
 
 from agrivision_repro.norms import InstanceBatchNorm2d, SwitchNorm2d
@@ -48,7 +50,7 @@ def step(norm: nn.Module, x: Tensor, gradient: Tensor):
     return run
 
 
-def compare(shape: tuple[int, ...], layout: torch.memory_format, rounds: int) -> None:
+def compare(shape: tuple[int, ...], layout: torch.memory_format, given: Namespace) -> None:
     channels = shape[1]
     x, gradient = (torch.randn(shape).to(memory_format=layout) for _ in range(2))
     x.requires_grad_()
@@ -64,16 +66,15 @@ def compare(shape: tuple[int, ...], layout: torch.memory_format, rounds: int) ->
         "ours": InstanceBatchNorm2d(channels),
         "ours, compiled": torch.compile(InstanceBatchNorm2d(channels)),
     }
-    print(f"\n{shape}, {str(layout).removeprefix('torch.')}")
     for title, norms, against in (("SwitchNorm", switched, "plain"), ("IBN-a", halves, "split and concat")):
-        medians = alternate({name: step(norm, x, gradient) for name, norm in norms.items()}, rounds)
+        medians = alternate({name: step(norm, x, gradient) for name, norm in norms.items()}, given.rounds)
         table = table_of(medians, against)
         table["peak of forward, inputs"] = [round(peak_bytes(lambda norm=norm: norm(x)) / (4 * x.numel()), 2) for norm in norms.values()]
-        print(f"{title}\n{table.to_string()}")
+        show(given, f"{title}, {shape}, {str(layout).removeprefix('torch.')}", table)
 
 
 if __name__ == "__main__":
     given = set_up(__doc__)
     for shape in SHAPES:
         for layout in (torch.contiguous_format, torch.channels_last):
-            compare(shape, layout, given.rounds)
+            compare(shape, layout, given)

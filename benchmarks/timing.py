@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 
 import pandas as pd
 import torch
 from torch.profiler import profile
+
+PEERS = ("torch", "torchvision", "timm", "torchmetrics", "segmentation-models-pytorch", "pillow")
 
 
 def alternate(ways: dict[str, Callable[[], object]], rounds: int, warm_up: int = 3) -> dict[str, float]:
@@ -64,10 +70,28 @@ def set_up(description: str) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--json", type=Path, help="a file for the tables, too")
     given = parser.parse_args()
+    given.title, given.tables = description.partition(":")[0], []
     torch.set_num_threads(given.threads)
     torch.set_default_device(given.device)
-    machine = f"torch {torch.__version__}, {given.threads} threads, {torch.backends.cpu.get_cpu_capability()}"
-    machine = f"torch {torch.__version__}, {torch.cuda.get_device_name()}" if given.device == "cuda" else machine
-    print(f"{machine}, medians of {given.rounds} rounds")
+    given.machine = torch.cuda.get_device_name() if given.device == "cuda" else f"{processor()}, {given.threads} threads"
+    print(f"torch {torch.__version__}, {given.machine}, medians of {given.rounds} rounds")
     return given
+
+
+def processor() -> str:
+    "Name the processor as well as the system knows it, and the widest instructions that torch uses on it."
+    known = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    names = [line.partition(":")[2].strip() for line in known.splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else 'CPU'}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def show(given: argparse.Namespace, title: str, table: pd.DataFrame) -> None:
+    "Print a table, and keep it where --json said so."
+    print(f"\n{title}\n{table.to_string()}", flush=True)
+    given.tables.append({"title": title, **json.loads(table.to_json(orient="split"))})
+    if given.json:
+        made_by = {"title": given.title, "machine": given.machine, "rounds": given.rounds, "versions": {p: version(p) for p in PEERS}}
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        given.json.write_text(json.dumps(made_by | {"tables": given.tables}, indent=1, ensure_ascii=False) + "\n")

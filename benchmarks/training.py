@@ -15,7 +15,7 @@ from time import perf_counter
 
 import pandas as pd
 import torch
-from timing import set_up
+from timing import set_up, show
 
 from agrivision_repro.batches import SampleStream, training_loader
 from agrivision_repro.runs import Run, Workspace, build_loss, build_model, plan_run
@@ -79,7 +79,5 @@ if __name__ == "__main__":
             ratios = [loop / bare for loop, bare in zip(seconds["loop"], seconds["bare"], strict=True)]
             rows[norm] = {f"{name}, ms": 1000 * median(found) for name, found in seconds.items()} | {"loop / bare": median(ratios)}
             rows[norm] |= {"lowest": min(ratios), "highest": max(ratios), "tiles/s": run.recipe.batch_size / median(seconds["loop"])}
-    print(
-        f"{run.recipe.batch_size} crops of {run.recipe.crop}² a step, {make_engine('cpu').precision}; a state every {SAVE_EVERY} iterations"
-    )
-    print(pd.DataFrame(rows).T.round(3).to_string())
+    crops = f"{run.recipe.batch_size} crops of {run.recipe.crop}² a step, {make_engine('cpu').precision}"
+    show(given, f"{crops}; a state every {SAVE_EVERY} iterations", pd.DataFrame(rows).T.round(3))

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -70,22 +71,102 @@ def test_every_requirement_is_constrained(settings):
     assert names <= pinned, names - pinned
 
 
-def test_package_imports_neither_nbdev_nor_fastcore():
-    script = "import agrivision_repro.cli, agrivision_repro.report, agrivision_repro.tables, sys; "
-    script += "print([m for m in ('nbdev', 'fastcore', 'execnb', 'jupyterlab') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+def test_imports_are_few():
+    "Importing the package loads nothing that makes or runs notebooks; `agrivision --help` not even torch."
+    heavy = ("nbdev", "fastcore", "execnb", "jupyterlab", "papermill", "nbconvert", "nbformat", "IPython", "ray", "rasterio")
+    modules = [p.stem for p in (ROOT / "agrivision_repro").glob("*.py") if not p.stem.startswith("_") and p.stem != "pages"]
+    script = f"import sys, {', '.join(f'agrivision_repro.{m}' for m in modules)}; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    script = "import sys; from agrivision_repro import cli; sys.argv = ['agrivision', '--help']\n"
+    script += "try: cli.main()\nexcept SystemExit: print([m for m in ('torch', 'pandas', 'matplotlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.splitlines()[-1] == "[]"
 
 
-def test_wheel_carries_the_table_notebooks(tmp_path):
-    "One copy in the repository; the wheel's is byte for byte that."
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT]
+WITHOUT = """
+import sys
+MISSING = {"papermill", "ipykernel", "nbconvert", "nbformat", "IPython", "latex2mathml", "jupyterlab", "nbdev", "fastcore"}
+class Missing:
+    "As if the extra `notebooks` were not installed."
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in MISSING:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+import importlib.util
+sys.meta_path.insert(0, Missing())
+plain = importlib.util.find_spec
+def find_spec(name, package=None):
+    try: return plain(name, package)
+    except ModuleNotFoundError: return None
+importlib.util.find_spec = find_spec
+from agrivision_repro.cli import main
+main()
+"""
+
+
+def test_trains_and_predicts_without_the_notebooks_extra(tmp_path):
+    "What `pip install agrivision_repro` brings is enough for all but notebooks, and they say what is missing."
+
+    def run(*words):
+        return subprocess.run([sys.executable, "-c", WITHOUT, *words], cwd=tmp_path, capture_output=True, text=True)
+
+    trained = run("train", "--scale", "smoke", "-p", "norm=ibn_s", "-p", "channels=rgbn")
+    assert trained.returncode == 0, trained.stderr
+    folder = next((tmp_path / "out" / "runs").iterdir())
+    image = next((tmp_path / "out").rglob("rgb/*.jpg"))
+    predicted = run("predict", folder.name, str(image), "-o", "predicted")
+    assert predicted.returncode == 0 and any((tmp_path / "predicted").iterdir()), predicted.stderr
+    refused = run("reproduce", "--scale", "smoke")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "agrivision_repro[notebooks]" in refused.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    "The wheel of this checkout."
+    folder = tmp_path_factory.mktemp("wheel")
+    return build_wheel(ROOT, folder)
+
+
+def build_wheel(source, folder):
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, source]
     subprocess.run(build, check=True, capture_output=True)
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        inside = {Path(n).name: wheel.read(n) for n in wheel.namelist() if n.startswith("agrivision_repro/notebooks/")}
-        assert "agrivision_repro/py.typed" in wheel.namelist()  # its types are for others to use
+    return zipfile.ZipFile(next(folder.glob("*.whl")))
+
+
+def test_wheel_carries_the_table_notebooks(wheel):
+    "One copy in the repository; the wheel's is byte for byte that."
+    inside = {Path(n).name: wheel.read(n) for n in wheel.namelist() if n.startswith("agrivision_repro/notebooks/")}
     assert inside == {p.name: p.read_bytes() for p in (ROOT / "nbs" / "tables").glob("*.ipynb")}
-    assert "table1_modality.ipynb" in inside
+    assert "table1_modality.ipynb" in inside and "agrivision_repro/py.typed" in wheel.namelist()  # its types are for others to use
+
+
+def test_wheel_asks_for_no_notebooks(wheel):
+    "Jupyter and nbdev come with extras only."
+    metadata = wheel.read(next(n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))).decode()
+    needed = [line.split()[1] for line in metadata.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]
+    names = {re.split(r"[<>=!;]", word)[0] for word in needed}
+    assert {"torch", "timm", "typer"} <= names
+    assert not names & {"papermill", "ipykernel", "ipywidgets", "nbconvert", "nbformat", "jupyterlab", "nbdev", "ray", "rasterio"}
+    extras = set(re.findall(r"^Provides-Extra: (\S+)$", metadata, re.MULTILINE))
+    assert extras == set(EXTRAS.split(","))
+
+
+def test_sdist_builds_the_same_wheel(wheel, tmp_path):
+    "From the source archive alone, with no checkout beside it."
+    copy = tmp_path / "checkout"
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in filter(None, tracked):
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+    script = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
+    subprocess.run([sys.executable, "-c", script], cwd=copy, check=True, capture_output=True)
+    again = build_wheel(next(tmp_path.glob("*.tar.gz")), tmp_path)
+    assert sorted(again.namelist()) == sorted(wheel.namelist())
+
+
+def test_types_hold():
+    "mypy on the exported package, with the settings of pyproject.toml."
+    done = subprocess.run([sys.executable, "-m", "mypy", "--no-incremental"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_tables_and_notebooks_are_the_same():
@@ -97,8 +178,6 @@ def test_tables_and_notebooks_are_the_same():
 
 def test_out_of_step_is_found_and_named(tmp_path):
     "The check that CI begins with can fail: a module edited by hand, a dirty notebook, a README edited by hand."
-    import shutil
-
     from check_in_step import COPIED, find_differences
 
     copy = tmp_path / "copy"
