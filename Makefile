@@ -1,4 +1,5 @@
 # make test        everything that CI checks
+# make test-lab    only the notebooks in JupyterLab, in a real browser (needs chromium and chromedriver)
 # make reproduce   SCALE=smoke|laptop|paper DATA=synthetic|naip-trees|agrivision-{2020,2021,cvpr2020} DATA_ROOT=DIR OUT=DIR TABLES="..."
 # make notebooks   run every notebook, save its outputs, export the package and README.md
 # make export      the same without running
@@ -15,7 +16,7 @@ PIP_ARGS  ?=
 VENV      ?= .venv
 BIN       := $(VENV)/bin
 
-.PHONY: test reproduce notebooks export showcase gpu-check bench clean
+.PHONY: test test-lab reproduce notebooks export showcase gpu-check bench clean
 
 $(VENV)/.ready: settings.ini setup.py pyproject.toml constraints.txt tools/make_venv.sh
 	@PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" sh tools/make_venv.sh $(VENV)
@@ -26,6 +27,9 @@ test: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/python tools/test_notebooks.py
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+test-lab: $(VENV)/.ready
+	$(BIN)/python -m pytest -q -rs -n 0 tests/test_lab.py
 
 reproduce: $(VENV)/.ready
 	$(BIN)/agrivision reproduce $(TABLES) --scale $(SCALE) --data $(DATA) --data-root "$(DATA_ROOT)" --out "$(OUT)" --seeds "$(SEEDS)" --device $(DEVICE)

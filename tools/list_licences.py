@@ -12,14 +12,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "LICENCES.md"
+RUN_TIME = ("requirements", "notebooks_requirements", "cluster_requirements", "geo_requirements")
 BEGIN, END = "<!-- begin: tools/list_licences.py -->", "<!-- end -->"
 
 
 def list_dependencies(root: Path = ROOT) -> list[str]:
-    "Name what settings.ini asks for at run time, the extra `cluster` included."
+    "Name what settings.ini asks for at run time, the extras `notebooks`, `cluster` and `geo` included."
     parser = ConfigParser(delimiters=["="])
     parser.read(root / "settings.ini", encoding="utf-8")
-    asked = [word for key in ("requirements", "cluster_requirements") for word in shlex.split(parser["DEFAULT"][key])]
+    asked = [word for key in RUN_TIME for word in shlex.split(parser["DEFAULT"][key])]
     return [re.split(r"[<>=!\[;]", word)[0] for word in asked]
 
 
