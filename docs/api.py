@@ -96,13 +96,16 @@ def read_parameters(function: ast.FunctionDef, comments: dict[int, str], is_meth
     rows += list(zip(a.kwonlyargs, a.kw_defaults, [""] * len(a.kwonlyargs), strict=True))
     rows += [(a.kwarg, None, "**")] if a.kwarg else []
     lines = {(default or arg).end_lineno: arg.arg for arg, default, _ in rows}
-    if function.returns:
-        lines[function.returns.end_lineno] = "return"
-    own = {name: comments.get(line, "") for line, name in lines.items()}
+    own = {name: comments.get(line, "") for line, name in lines.items() if line != header_end(function)}
     return [
         Parameter(stars + arg.arg, code(arg.annotation), code(default), own.get(arg.arg) or help_text(arg.annotation))
         for arg, default, stars in rows
     ]
+
+
+def header_end(function: ast.FunctionDef) -> int:
+    "Give the last line before a function's body; its comment is of what is returned."
+    return function.returns.end_lineno if function.returns else function.body[0].lineno - 1
 
 
 def read_fields(cls: ast.ClassDef, comments: dict[int, str]) -> list[Parameter]:
@@ -122,9 +125,10 @@ def text_of(markdown: str) -> str:
 
 
 def parameter_table(parameters: list[Parameter]) -> list[str]:
-    if not parameters:
+    "Put what is said of the parameters beneath the signature, if anything is."
+    if not any(p.comment for p in parameters):
         return []
-    lines = [":::{list-table}", ":header-rows: 1", ":class: parameters", "", "* - Name", "  - Type", "  - Default", "  - "]
+    lines = [":::{list-table}", ":header-rows: 1", ":class: parameters", "", "* - Name", "  - Type", "  - Default", "  - Meaning"]
     for p in parameters:
         cells = [f"`{p.name}`", p.type and f"`{p.type}`", p.default and f"`{p.default}`", text_of(p.comment)]
         lines += [f"{'*' if k == 0 else ' '} - {cell}" for k, cell in enumerate(cells)]
@@ -144,8 +148,8 @@ def function_entry(node: ast.FunctionDef, prefix: str, comments: dict[int, str],
     lines += [f":{mark}:" for mark in marks if mark in ("staticmethod", "classmethod")]
     lines += [f":type: {json.dumps(code(node.returns))}"] if is_property and node.returns else []
     lines += ["", *docstring(node), source_link, "", *([] if is_property else parameter_table(parameters))]
-    comment = comments.get(node.returns.end_lineno, "") if node.returns else ""
-    lines += [f"**Returns** `{code(node.returns)}`: {text_of(comment)}", ""] if comment else []
+    comment = text_of(comments.get(header_end(node), ""))
+    lines += [f"**Returns** {f'`{code(node.returns)}`: ' if node.returns else ''}{comment}", ""] if comment else []
     return [*lines, "::::", ""]
 
 
@@ -208,16 +212,16 @@ def module_page(module: Module) -> str:
 def index_page(modules: list[Module]) -> str:
     "Write the page that leads to all others: modules in reading order, then all names from A to Z."
     lines = ["# API", "", "Every public name of `agrivision_repro`: the modules in reading order, then all names from A to Z.", ""]
-    lines += ["```{toctree}", ":maxdepth: 1", "", *(f"{m.name}" for m in modules), "```", "", "## All names", ""]
-    rows = []
-    for m in modules:
-        tree = ast.parse(m.source)
-        rows += [(name, m.name) for name in public_names(tree)]
+    lines += ["```{toctree}", ":hidden:", "", *(m.name for m in modules), "```", ""]
+    trees = {m.name: ast.parse(m.source) for m in modules}
+    lines += [f"- [{name}]({name}.md): {text_of(ast.get_docstring(tree) or '')}" for name, tree in trees.items()]
+    lines += ["", "## All names", ""]
+    rows = [(name, module) for module, tree in trees.items() for name in public_names(tree)]
     rows.sort(key=lambda row: (row[0].lower(), row))
     for letter in sorted({name[0].upper() for name, _ in rows}):
-        lines += [f"### {letter}", ""]
+        lines += [f"### {letter}", "", ":::{container} names"]
         lines += [f"- {{py:obj}}`{n} <agrivision_repro.{m}.{n}>` · {m}" for n, m in rows if n[0].upper() == letter]
-        lines += [""]
+        lines += [":::", ""]
     return "\n".join(lines)
 
 

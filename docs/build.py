@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from api import Module, write_api
+from api import Module, definitions, write_api
 from conf import SETTINGS
 from sphinx.cmd.build import main as run_sphinx
 
@@ -63,16 +63,6 @@ def link_outwards(text: str, folder: Path) -> str:
     return LINK.sub(rewrite, text)
 
 
-def defined_names(source: str) -> list[str]:
-    "List the names that a cell defines at top level."
-    nodes = ast.parse(source).body
-    names = [n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
-    targets = [
-        t for n in nodes if isinstance(n, ast.Assign | ast.AnnAssign) for t in (n.targets if isinstance(n, ast.Assign) else [n.target])
-    ]
-    return names + [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
-
-
 def markdown_cell(name: str, text: str) -> dict:
     return {"id": re.sub(r"\W", "-", name), "cell_type": "markdown", "metadata": {}, "source": text}
 
@@ -90,11 +80,11 @@ def stage_notebook(path: Path, stage: Path, extra: list[dict]) -> Module | None:
         module = found[1] if found else module
         if re.search(r"^#\s*\|\s*export\b", source, re.M):
             label = f"{path.stem}-{number}"
-            labels |= dict.fromkeys(defined_names(source), label)
+            labels |= dict.fromkeys(definitions(ast.parse(source)), label)
             cells.append(markdown_cell(label, f"({label})="))
         source = DIRECTIVE.sub("", source).strip()
         if source:
-            cells.append(cell | {"source": source, "metadata": show(cell["metadata"])})
+            cells.append(cell | {"source": source, "metadata": show(cell["metadata"]), "outputs": link_tables(cell["outputs"])})
     notebook["cells"] = cells + extra
     target = stage / path.relative_to(NBS)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -106,6 +96,11 @@ def stage_notebook(path: Path, stage: Path, extra: list[dict]) -> Module | None:
 def show(metadata: dict) -> dict:
     "Put a cell's tag in myst-nb's words."
     return metadata | {"tags": ["remove-input" if tag == "hide-input" else tag for tag in metadata.get("tags", [])]}
+
+
+def link_tables(outputs: list[dict]) -> list[dict]:
+    "Lead links into the report to the notebook of the same name."
+    return json.loads(re.sub(r"index\.html#(\w+)", r"\1.html", json.dumps(outputs)))
 
 
 def toctree(caption: str, pages: list[str]) -> dict:

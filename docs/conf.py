@@ -18,12 +18,14 @@ extensions = ["myst_nb"]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 4
 nb_execution_mode = "off"
-nb_ipywidgets_js = {}
+nb_render_markdown_format = "myst"
+nb_ipywidgets_js = {}  # they would come from elsewhere
 maximum_signature_line_length = 80
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_title = project
 html_static_path = ["static"]
 html_css_files = ["site.css"]
