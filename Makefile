@@ -56,4 +56,4 @@ showcase: $(VENV)/.ready
 	$(BIN)/python tools/export.py --run index
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build _docs *.egg-info

@@ -115,7 +115,10 @@ def stage_site(stage: Path) -> None:
     write_api([module for module in staged if module], stage / "api")
     trees = [toctree(caption, [str(p.relative_to(NBS).with_suffix("")) for p in paths]) for caption, paths in parts.items()]
     stage_notebook(NBS / "index.ipynb", stage, [*trees, toctree("API", ["api/index"])])
-    shutil.copytree(NBS / "showcase", stage / "showcase", ignore=shutil.ignore_patterns("*.csv"))
+    for picture in NBS.rglob("*.png"):
+        target = stage / picture.relative_to(NBS)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, target)
 
 
 def build(out: Path) -> int:

@@ -95,7 +95,7 @@ def outside(pages: dict[Path, Page], site: Path) -> list[str]:
 
 
 def raw_equations(page: Page) -> list[str]:
-    return re.findall(r"\$\$|\\(?:frac|sum|text|sigma|mu|begin|hat)", "".join(page.text))
+    return re.findall(r"\$\$|\$\S[^$\n]*\$|\\(?:frac|sum|text|sigma|mu|begin|hat)", "".join(page.text))
 
 
 def test_every_notebook_has_a_page_in_the_sidebar(site, pages):
