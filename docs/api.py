@@ -212,7 +212,7 @@ def module_page(module: Module) -> str:
 def index_page(modules: list[Module]) -> str:
     "Write the page that leads to all others: modules in reading order, then all names from A to Z."
     lines = ["# API", "", "Every public name of `agrivision_repro`: the modules in reading order, then all names from A to Z."]
-    lines += ["{ref}`With methods and fields <genindex>` they are a page of their own.", ""]
+    lines += ["The {ref}`general index <genindex>` has the methods, too.", ""]
     lines += ["```{toctree}", ":hidden:", "", *(m.name for m in modules), "```", ""]
     trees = {m.name: ast.parse(m.source) for m in modules}
     lines += [f"- [{name}]({name}.md): {text_of(ast.get_docstring(tree) or '')}" for name, tree in trees.items()]
