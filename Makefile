@@ -3,6 +3,7 @@
 # make reproduce   SCALE=smoke|laptop|paper DATA=synthetic|naip-trees|agrivision-{2020,2021,cvpr2020} DATA_ROOT=DIR OUT=DIR TABLES="..."
 # make notebooks   run every notebook, save its outputs, export the package and README.md
 # make export      the same without running
+# make docs        the site: every notebook with its saved outputs, and the API, as pages in _docs/ that fetch nothing
 # make gpu-check   in some minutes: is this GPU right and how fast is it?
 SCALE     ?= laptop
 DATA      ?= synthetic
@@ -16,7 +17,7 @@ PIP_ARGS  ?=
 VENV      ?= .venv
 BIN       := $(VENV)/bin
 
-.PHONY: test test-lab reproduce notebooks export showcase gpu-check bench clean
+.PHONY: test test-lab reproduce notebooks export docs showcase gpu-check bench clean
 
 $(VENV)/.ready: settings.ini setup.py pyproject.toml constraints.txt tools/make_venv.sh
 	@PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" sh tools/make_venv.sh $(VENV)
@@ -40,6 +41,9 @@ notebooks: $(VENV)/.ready
 export: $(VENV)/.ready
 	$(BIN)/python tools/export.py
 
+docs: $(VENV)/.ready
+	$(BIN)/python docs/build.py
+
 # norms, losses and the first steps of the paper's training on a GPU; writes gpu.json
 gpu-check: $(VENV)/.ready
 	$(BIN)/python benchmarks/gpu.py --out gpu.json
@@ -61,4 +65,4 @@ showcase: $(VENV)/.ready
 	$(BIN)/python tools/export.py --run index
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build _docs *.egg-info

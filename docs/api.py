@@ -1,0 +1,234 @@
+"The pages of the API, read from the package's source: signatures, docstrings, and the comment beside each parameter."
+
+import ast
+import io
+import json
+import re
+import tokenize
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1] / "agrivision_repro"
+LONGEST_VALUE = 100  # characters of a constant's value
+FOR_TOOLS = re.compile(r"^(fmt|noqa|type|pragma|ruff)\b")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    "A parameter of a function, or a field of a class."
+
+    name: str
+    type: str
+    default: str
+    comment: str
+
+
+@dataclass(frozen=True)
+class Module:
+    "A module as its source says it."
+
+    name: str
+    title: str  # of its notebook
+    page: str  # of its notebook, without suffix
+    cells: dict[str, str]  # public name → label of the cell that defines it
+
+    @property
+    def source(self) -> str:
+        return (PACKAGE / f"{self.name}.py").read_text(encoding="utf-8")
+
+
+def read_comments(source: str) -> dict[int, str]:
+    "Give the comment of each line, those for tools left out."
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {t.start[0]: re.split(r"\s+#\s*", t.string.lstrip("# "))[0] for t in tokens if t.type == tokenize.COMMENT}
+    return {line: text for line, text in comments.items() if not FOR_TOOLS.match(text)}
+
+
+def public_names(tree: ast.Module) -> list[str]:
+    "Read `__all__`."
+    targets = [(node, target) for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
+    return next(ast.literal_eval(node.value) for node, target in targets if ast.unparse(target) == "__all__")
+
+
+def definitions(tree: ast.Module) -> dict[str, ast.stmt]:
+    "Give the statement that defines each name at a module's top level."
+    found: dict[str, ast.stmt] = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found[node.name] = node
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {name.id: node for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    return found
+
+
+class DropAnnotated(ast.NodeTransformer):
+    "`Annotated[X, …]` → `X`."
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        self.generic_visit(node)
+        is_annotated = ast.unparse(node.value) == "Annotated" and isinstance(node.slice, ast.Tuple)
+        return node.slice.elts[0] if is_annotated else node
+
+
+def code(node: ast.AST | None) -> str:
+    "Write a piece of syntax on one line, as a person would."
+    if node is None:
+        return ""
+    text = " ".join(ast.unparse(DropAnnotated().visit(deepcopy(node))).split())
+    return re.sub(r"(?<=\de-)0(?=\d\b)", "", text)
+
+
+def help_text(annotation: ast.AST | None) -> str:
+    "Give what the command line says of an option, if it is one."
+    keywords = [n for n in ast.walk(annotation) if isinstance(n, ast.keyword) and n.arg == "help"] if annotation else []
+    return " ".join(str(n.value.value) for n in keywords if isinstance(n.value, ast.Constant))
+
+
+def read_parameters(function: ast.FunctionDef, comments: dict[int, str], is_method: bool) -> list[Parameter]:
+    "List a function's parameters; a comment belongs to the last one of its line."
+    a = function.args
+    plain = [*a.posonlyargs, *a.args]
+    rows = list(zip(plain, [None] * (len(plain) - len(a.defaults)) + a.defaults, [""] * len(plain), strict=True))
+    rows = rows[is_method and "staticmethod" not in decorators(function) :]
+    rows += [(a.vararg, None, "*")] if a.vararg else []
+    rows += list(zip(a.kwonlyargs, a.kw_defaults, [""] * len(a.kwonlyargs), strict=True))
+    rows += [(a.kwarg, None, "**")] if a.kwarg else []
+    lines = {(default or arg).end_lineno: arg.arg for arg, default, _ in rows}
+    own = {name: comments.get(line, "") for line, name in lines.items() if line != header_end(function)}
+    return [
+        Parameter(stars + arg.arg, code(arg.annotation), code(default), own.get(arg.arg) or help_text(arg.annotation))
+        for arg, default, stars in rows
+    ]
+
+
+def header_end(function: ast.FunctionDef) -> int:
+    "Give the last line before a function's body; its comment is of what is returned."
+    return function.returns.end_lineno if function.returns else function.body[0].lineno - 1
+
+
+def read_fields(cls: ast.ClassDef, comments: dict[int, str]) -> list[Parameter]:
+    "List the fields of a dataclass or named tuple."
+    fields = [n for n in cls.body if isinstance(n, ast.AnnAssign) and not ast.unparse(n.annotation).startswith("ClassVar")]
+    return [Parameter(ast.unparse(n.target), code(n.annotation), code(n.value), comments.get(n.end_lineno, "")) for n in fields]
+
+
+def decorators(node: ast.FunctionDef | ast.ClassDef) -> list[str]:
+    return [ast.unparse(d).split("(")[0].split(".")[-1] for d in node.decorator_list]
+
+
+def text_of(markdown: str) -> str:
+    "Keep an angle bracket, dollar or square bracket in a comment from being read as markup; code stays as it is."
+    parts = re.split(r"(`[^`]*`)", " ".join(markdown.split()))
+    return "".join(p if p.startswith("`") else re.sub(r"([<$\[\]])", r"\\\1", p) for p in parts)
+
+
+def parameter_table(parameters: list[Parameter]) -> list[str]:
+    "Put what is said of the parameters beneath the signature, if anything is."
+    if not any(p.comment for p in parameters):
+        return []
+    lines = [":::{list-table}", ":header-rows: 1", ":class: parameters", "", "* - Name", "  - Type", "  - Default", "  - Meaning"]
+    for p in parameters:
+        cells = [f"`{p.name}`", p.type and f"`{p.type}`", p.default and f"`{p.default}`", text_of(p.comment)]
+        lines += [f"{'*' if k == 0 else ' '} - {cell}" for k, cell in enumerate(cells)]
+    return [*lines, ":::", ""]
+
+
+def function_entry(node: ast.FunctionDef, prefix: str, comments: dict[int, str], source_link: str, is_method: bool = False) -> list[str]:
+    "Describe a function or method."
+    marks, parameters = decorators(node), read_parameters(node, comments, is_method)
+    is_property = is_method and any(mark in ("property", "cached_property") for mark in marks)
+    returns = f" -> {code(node.returns)}" if node.returns else ""
+    arguments = code(node.args)
+    if is_method and "staticmethod" not in marks:
+        arguments = re.sub(r"^\w+(, |$)", "", arguments)
+    kind = "property" if is_property else "method" if is_method else "function"
+    lines = [f"::::{{py:{kind}}} {prefix}{node.name}" + ("" if is_property else f"({arguments}){returns}")]
+    lines += [f":{mark}:" for mark in marks if mark in ("staticmethod", "classmethod")]
+    lines += [f":type: {json.dumps(code(node.returns))}"] if is_property and node.returns else []
+    lines += ["", *docstring(node), source_link, "", *([] if is_property else parameter_table(parameters))]
+    comment = text_of(comments.get(header_end(node), ""))
+    lines += [f"**Returns** {f'`{code(node.returns)}`: ' if node.returns else ''}{comment}", ""] if comment else []
+    return [*lines, "::::", ""]
+
+
+def docstring(node: ast.FunctionDef | ast.ClassDef) -> list[str]:
+    return [text_of(ast.get_docstring(node) or ""), ""]
+
+
+def class_entry(node: ast.ClassDef, comments: dict[int, str], source_link: str) -> list[str]:
+    "Describe a class: how it is made, then its public methods."
+    methods = [n for n in node.body if isinstance(n, ast.FunctionDef)]
+    init = next((m for m in methods if m.name == "__init__"), None)
+    has_fields = "dataclass" in decorators(node) or any(ast.unparse(base) == "NamedTuple" for base in node.bases)
+    parameters = read_parameters(init, comments, True) if init else read_fields(node, comments) if has_fields else []
+    arguments = re.sub(r"^\w+(, |$)", "", code(init.args)) if init else ", ".join(field_argument(p) for p in parameters)
+    bases = ", ".join(f"`{ast.unparse(base)}`" for base in node.bases)
+    lines = [f":::::{{py:class}} {node.name}" + (f"({arguments})" if parameters else ""), "", *docstring(node)]
+    lines += [f"A kind of {bases}. {source_link}" if bases else source_link, "", *parameter_table(parameters)]
+    for method in methods:
+        if not method.name.startswith("_") or method.name == "__call__":
+            lines += function_entry(method, "", comments, "", is_method=True)
+    return [*lines, ":::::", ""]
+
+
+def field_argument(p: Parameter) -> str:
+    return f"{p.name}: {p.type}" + (f" = {p.default}" if p.default else "")
+
+
+def constant_entry(name: str, node: ast.Assign | ast.AnnAssign, comments: dict[int, str], source_link: str) -> list[str]:
+    "Describe a constant: its value where that is short, and what stands beside it."
+    is_alone = isinstance(node, ast.AnnAssign) or ast.unparse(node.targets[0]) == name
+    value = code(node.value) if node.value and is_alone else ""
+    lines = [f":::{{py:data}} {name}"]
+    lines += [f":type: {json.dumps(code(node.annotation))}"] if isinstance(node, ast.AnnAssign) else []
+    lines += [f":value: {json.dumps(value, ensure_ascii=False)}"] if 0 < len(value) <= LONGEST_VALUE else []
+    return [*lines, "", text_of(comments.get(node.end_lineno, "")), "", source_link, "", ":::", ""]
+
+
+def entry(name: str, node: ast.stmt, module: Module, comments: dict[int, str]) -> list[str]:
+    place = f"{{ref}}`{module.page} <{module.cells[name]}>`" if name in module.cells else f"[{module.page}](/{module.page}.ipynb)"
+    source_link = f"Defined in {place}."
+    if isinstance(node, ast.ClassDef):
+        return class_entry(node, comments, source_link)
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return function_entry(node, "", comments, source_link)
+    return constant_entry(name, node, comments, source_link)
+
+
+def module_page(module: Module) -> str:
+    "Write the page of a module, its names in the order in which the notebook tells them."
+    tree, comments = ast.parse(module.source), read_comments(module.source)
+    full = f"agrivision_repro.{module.name}"
+    lines = [f"# {module.name}", "", f"> {text_of(ast.get_docstring(tree) or '')}", ""]
+    lines += [f"The notebook: [{module.title}](/{module.page}.ipynb).", "", f":::{{py:module}} {full}", ":::", ""]
+    defined, names = definitions(tree), public_names(tree)
+    for name in sorted(names, key=lambda n: defined[n].lineno):
+        lines += entry(name, defined[name], module, comments)
+    return "\n".join(lines)
+
+
+def index_page(modules: list[Module]) -> str:
+    "Write the page that leads to all others: modules in reading order, then all names from A to Z."
+    lines = ["# API", "", "Every public name of `agrivision_repro`: the modules in reading order, then all names from A to Z."]
+    lines += ["The {ref}`general index <genindex>` has the methods, too.", ""]
+    lines += ["```{toctree}", ":hidden:", "", *(m.name for m in modules), "```", ""]
+    trees = {m.name: ast.parse(m.source) for m in modules}
+    lines += [f"- [{name}]({name}.md): {text_of(ast.get_docstring(tree) or '')}" for name, tree in trees.items()]
+    lines += ["", "## All names", ""]
+    rows = [(name, module) for module, tree in trees.items() for name in public_names(tree)]
+    rows.sort(key=lambda row: (row[0].lower(), row))
+    for letter in sorted({name[0].upper() for name, _ in rows}):
+        lines += [f"### {letter}", "", ":::{container} names"]
+        lines += [f"- {{py:obj}}`{n} <agrivision_repro.{m}.{n}>` · {m}" for n, m in rows if n[0].upper() == letter]
+        lines += [":::", ""]
+    return "\n".join(lines)
+
+
+def write_api(modules: list[Module], folder: Path) -> None:
+    "Write all pages of the API as Markdown."
+    folder.mkdir(parents=True)
+    (folder / "index.md").write_text(index_page(modules), encoding="utf-8")
+    for module in modules:
+        (folder / f"{module.name}.md").write_text(module_page(module), encoding="utf-8")

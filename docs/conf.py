@@ -1,0 +1,48 @@
+"Sphinx's settings: the notebooks as they were saved, equations as MathML, nothing fetched from anywhere."
+
+from configparser import ConfigParser
+from pathlib import Path
+
+from docutils import nodes
+from latex2mathml.converter import convert
+
+SETTINGS = ConfigParser(delimiters=["="])
+SETTINGS.read(Path(__file__).resolve().parents[1] / "settings.ini", encoding="utf-8")
+
+project = SETTINGS["DEFAULT"]["title"]
+author = SETTINGS["DEFAULT"]["author"]
+copyright = SETTINGS["DEFAULT"]["copyright"]
+release = SETTINGS["DEFAULT"]["version"]
+
+extensions = ["myst_nb"]
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 4
+nb_execution_mode = "off"
+nb_render_markdown_format = "myst"
+nb_ipywidgets_js = {}  # they would come from elsewhere
+maximum_signature_line_length = 80
+add_module_names = False
+toc_object_entries_show_parents = "hide"
+
+html_theme = "furo"
+pygments_dark_style = "github-dark"
+html_title = project
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_math_renderer = "mathml"
+html_copy_source = False
+html_theme_options = {
+    "footer_icons": [{"name": "source", "url": SETTINGS["DEFAULT"]["git_url"], "html": "Source", "class": ""}],
+}
+
+
+def write_math(writer, node: nodes.Element) -> None:
+    "Write an equation as MathML, in the line or as a block."
+    is_block = isinstance(node, nodes.math_block)
+    mathml = convert(node.astext().strip(), display="block" if is_block else "inline")
+    writer.body.append(f'<div class="equation">{mathml}</div>\n' if is_block else mathml)
+    raise nodes.SkipNode
+
+
+def setup(app) -> None:
+    app.add_html_math_renderer("mathml", (write_math, None), (write_math, None))
