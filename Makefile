@@ -4,6 +4,7 @@
 # make notebooks   run every notebook, save its outputs, export the package and README.md
 # make export      the same without running
 # make docs        the site: every notebook with its saved outputs, and the API, as pages in _docs/ that fetch nothing
+# make bench       time what is claimed to be fast, beside plain forms and public peers
 # make gpu-check   in some minutes: is this GPU right and how fast is it?
 SCALE     ?= laptop
 DATA      ?= synthetic
@@ -48,7 +49,7 @@ docs: $(VENV)/.ready
 gpu-check: $(VENV)/.ready
 	$(BIN)/python benchmarks/gpu.py --out gpu.json
 
-# every ratio that is claimed, beside plain forms and public peers: half an hour on a quiet machine; nbs/benchmarks.ipynb shows what it writes
+# a quarter of an hour on a quiet machine; nbs/benchmarks.ipynb shows what it writes
 bench: $(VENV)/.ready
 	for name in data norms network losses training divergence; do $(BIN)/python benchmarks/$$name.py --json benchmarks/results/$$name.json || exit 1; done
 	$(BIN)/python tools/export.py --run benchmarks

@@ -1,5 +1,6 @@
 "A user's mistake is one line that names it and its remedy, an exit code, and nothing half-written."
 
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,12 @@ BIN = Path(sys.executable).parent
 def agrivision(*words, cwd=None):
     "Run the command as a user does."
     return subprocess.run([BIN / "agrivision", *map(str, words)], cwd=cwd, capture_output=True, text=True)
+
+
+def test_the_shell_completes():
+    "What `agrivision --install-completion` sets up."
+    environment = os.environ | {"_AGRIVISION_COMPLETE": "complete_bash", "COMP_WORDS": "agrivision data ch", "COMP_CWORD": "2"}
+    assert subprocess.run([BIN / "agrivision"], env=environment, capture_output=True, text=True).stdout.split() == ["check"]
 
 
 @pytest.fixture
