@@ -515,15 +515,18 @@ def predict(
     precision: Precision = "auto",
 ):
     "Predict images of any size: a class map, all classes as bits, a picture, and a GeoTIFF where the input has a place."
-    from agrivision_repro.predict import find_scenes, load_predictor, own_window, predict_scene, window_starts, write_submission
+    from agrivision_repro.predict import (
+        describe_model, find_scenes, load_predictor, own_window, predict_scene, window_starts, write_submission,
+    )  # fmt: skip
     from agrivision_repro.runs import find_run, read_result
 
     result, scenes = read_result(find_run(trainings, run)), find_scenes(images)
     wanted = plan_submission(result.run, data_root, {scene.name for scene in scenes}) if submission else None
     window_starts(1, window or own_window(result), overlap)  # a bad one is refused before anything is computed
     predictor, classes, sizes = load_predictor(result, checkpoint, tta, channels, device, precision), result.run.edition.classes, {}
+    print(describe_model(result))
     for scene in scenes:
-        found = predict_scene(scene, predictor, out, classes, window or own_window(result), overlap, pictures)
+        found = predict_scene(scene, predictor, out, classes, window or own_window(result), overlap, pictures, describe_model(result))
         sizes[found.name] = found.size
         print(found.as_text(classes))
     if submission:

@@ -39,11 +39,11 @@ from .training import TTA, Engine, make_engine, replace_file
 
 # %% auto #0
 __all__ = ['AT_ONCE', 'WANTED', 'SIGNATURE', 'PICTURED', 'CHALLENGE_CLASSES', 'CHALLENGE_SIZE', 'LARGEST', 'window_starts',
-           'blend_weights', 'turn_image', 'Predictor', 'load_predictor', 'own_window', 'blend_row', 'predict_strips',
-           'predict_image', 'Scene', 'find_scenes', 'scenes_of', 'Raster', 'find_rasterio', 'open_scene', 'check_bands',
-           'open_tiff', 'open_georeferenced', 'png_chunk', 'write_png', 'write_georeferenced', 'Prediction',
-           'predict_scene', 'write_maps', 'Violation', 'open_entries', 'read_some', 'check_png', 'check_entry',
-           'check_submission', 'tile_sizes', 'write_submission']
+           'blend_weights', 'turn_image', 'Predictor', 'load_predictor', 'describe_model', 'own_window', 'blend_row',
+           'predict_strips', 'predict_image', 'Scene', 'find_scenes', 'scenes_of', 'Raster', 'find_rasterio',
+           'open_scene', 'check_bands', 'open_tiff', 'open_georeferenced', 'png_chunk', 'write_png',
+           'write_georeferenced', 'Prediction', 'predict_scene', 'write_maps', 'Violation', 'open_entries', 'read_some',
+           'check_png', 'check_entry', 'check_submission', 'tile_sizes', 'write_submission']
 
 # %% ../nbs/80_predict.ipynb #cell-05
 def window_starts(
@@ -115,6 +115,12 @@ def load_predictor(
     check_choice("channels", channels or result.run.channels, result.run.test_inputs)
     model, engine = result.model(checkpoint), make_engine(device, precision)
     return Predictor(model.to(engine.device), engine, channels or result.run.channels, result.statistics, tta)
+
+
+def describe_model(result: Result) -> str:
+    "Say what predicts, and what it was trained on: outside of that its maps mean little."
+    run = result.run
+    return f"{run.title}: {run.recipe.iterations:,} iterations on {run.edition.title}"
 
 
 def own_window(result: Result) -> int:  # pixels
@@ -351,6 +357,7 @@ def predict_scene(
     window: int = 512,  # side, pixels
     overlap: float = 0.5,  # share of the window
     has_picture: bool = True,
+    origin: str = "",  # what predicts, of `describe_model`: stands over the picture
 ) -> Prediction:
     "Predict one image and write its maps, each whole or not at all."
     out.mkdir(parents=True, exist_ok=True)
@@ -360,6 +367,7 @@ def predict_scene(
         if has_picture:
             (Path(workshop) / "pictures").mkdir()
             figure = show_panels(panels | {"prediction": paint_classes(panels["prediction"])}, tuple(classes), size=2.6)
+            figure.suptitle(origin, fontsize="medium")
             figure.savefig(Path(workshop) / "pictures" / f"{scene.name}.png")
         for made in sorted(Path(workshop).glob("*/*")):
             replace_file(out / made.relative_to(workshop), partial(os.replace, made))
