@@ -39,7 +39,8 @@ NOTEBOOK_PAGE = """{%- extends 'lab/index.html.j2' -%}
 <style>
 :root { color-scheme: light dark; } main { max-width: 66rem; margin: 0 auto; } math[display=block] { margin: .8em 0; }
 img { max-width: 100%; height: auto; background: #fff; } .jp-OutputArea-output, .highlight pre { overflow-x: auto; }
-.jp-RenderedHTMLCommon th[scope=row] { white-space: nowrap; } .jp-RenderedHTMLCommon table.prose :is(th, td) { text-align: left; }
+@media (min-width: 40rem) { .jp-RenderedHTMLCommon th[scope=row] { white-space: nowrap; } }
+.jp-RenderedHTMLCommon table.prose :is(th, td) { text-align: left; }
 .jp-RenderedHTMLCommon table.prose td:nth-of-type(odd) { min-width: 11rem; }
 </style>
 {%- endblock html_head_css -%}
@@ -104,7 +105,7 @@ a { color: var(--link); } .note { background: var(--note); padding: .7rem 1rem; 
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93rem; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem; text-align: right; vertical-align: top; }
 th[scope=row], td:first-child, .prose th, .prose td { text-align: left; } .prose td:nth-of-type(odd) { min-width: 11rem; }
-th[scope=row] { white-space: nowrap; } thead th { background: var(--soft); border-top: 2px solid var(--ink); }
+@media (min-width: 40rem) { th[scope=row] { white-space: nowrap; } } thead th { background: var(--soft); border-top: 2px solid var(--ink); }
 img { max-width: 100%; height: auto; background: #fff; border-radius: .3rem; }
 caption { caption-side: bottom; text-align: left; font-size: .88rem; opacity: .85; padding-top: .4rem; }
 figure { margin: 1.2rem 0; } figcaption, .small { font-size: .88rem; opacity: .85; }

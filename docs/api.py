@@ -135,7 +135,7 @@ def parameter_table(parameters: list[Parameter]) -> list[str]:
     return [*lines, ":::", ""]
 
 
-def function_entry(node: ast.FunctionDef, prefix: str, comments: dict[int, str], source_link: str, is_method: bool = False) -> list[str]:
+def function_entry(node: ast.FunctionDef, comments: dict[int, str], source_link: str, is_method: bool = False) -> list[str]:
     "Describe a function or method."
     marks, parameters = decorators(node), read_parameters(node, comments, is_method)
     is_property = is_method and any(mark in ("property", "cached_property") for mark in marks)
@@ -144,7 +144,7 @@ def function_entry(node: ast.FunctionDef, prefix: str, comments: dict[int, str],
     if is_method and "staticmethod" not in marks:
         arguments = re.sub(r"^\w+(, |$)", "", arguments)
     kind = "property" if is_property else "method" if is_method else "function"
-    lines = [f"::::{{py:{kind}}} {prefix}{node.name}" + ("" if is_property else f"({arguments}){returns}")]
+    lines = [f"::::{{py:{kind}}} {node.name}" + ("" if is_property else f"({arguments}){returns}")]
     lines += [f":{mark}:" for mark in marks if mark in ("staticmethod", "classmethod")]
     lines += [f":type: {json.dumps(code(node.returns))}"] if is_property and node.returns else []
     lines += ["", *docstring(node), source_link, "", *([] if is_property else parameter_table(parameters))]
@@ -169,7 +169,7 @@ def class_entry(node: ast.ClassDef, comments: dict[int, str], source_link: str) 
     lines += [f"A kind of {bases}. {source_link}" if bases else source_link, "", *parameter_table(parameters)]
     for method in methods:
         if not method.name.startswith("_") or method.name == "__call__":
-            lines += function_entry(method, "", comments, "", is_method=True)
+            lines += function_entry(method, comments, "", is_method=True)
     return [*lines, ":::::", ""]
 
 
@@ -193,7 +193,7 @@ def entry(name: str, node: ast.stmt, module: Module, comments: dict[int, str]) -
     if isinstance(node, ast.ClassDef):
         return class_entry(node, comments, source_link)
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        return function_entry(node, "", comments, source_link)
+        return function_entry(node, comments, source_link)
     return constant_entry(name, node, comments, source_link)
 
 
