@@ -16,11 +16,14 @@ from functools import partial
 from pathlib import Path
 from urllib.error import URLError
 
+import pandas as pd
 import timm
 import torch
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.resnet import ResNet
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from .norms import InstanceBatchNorm2d, SwitchNorm2d
@@ -29,7 +32,8 @@ from .norms import InstanceBatchNorm2d, SwitchNorm2d
 __all__ = ['DEPTHS', 'NORMS', 'FIRST_NORM', 'DILATIONS', 'MULTIGRID', 'TORCHVISION', 'IBN_NET', 'IMAGENET_URLS', 'INPUT',
            'TIMM_NAMES', 'default_cfgs', 'swap_norms', 'check_choice', 'last_activation', 'add_norm_after_addition',
            'use_public_name', 'use_own_name', 'set_multigrid', 'widen_stem', 'fetch_checkpoint', 'read_tensors',
-           'LoadReport', 'load_matching', 'load_imagenet', 'make_resnet', 'create_backbone', 'make_entry']
+           'LoadReport', 'load_matching', 'load_imagenet', 'make_resnet', 'create_backbone', 'spread', 'branch_spreads',
+           'draw_branches', 'make_entry']
 
 # %% ../nbs/22_backbones.ipynb #cell-05
 DEPTHS = (18, 26, 34, 50, 101)  # 50 and 101 are the paper's; 18 and 34 have basic blocks
@@ -219,6 +223,7 @@ def make_resnet(
     check_choice("depth", depth, DEPTHS)
     if pretrained:
         check_choice("in_chans of a pretrained model", in_chans, (3, 4))
+    options = {"zero_init_last": False} | options  # as the authors' code; timm's default silences every residual branch
     resnet: ResNet = timm.create_model(f"resnet{depth}", in_chans=3 if in_chans == 4 else in_chans, **options)
     swap_norms(resnet, norm)
     if pretrained:
@@ -246,6 +251,50 @@ def create_backbone(
     resnet = make_resnet(depth, norm, pretrained, in_chans, **options)
     grid = MULTIGRID if multigrid else (1, 1, 1)
     return set_multigrid(resnet, grid[: len(resnet.layer4)], output_stride)
+
+# %% ../nbs/22_backbones.ipynb #d43a0bdf
+def spread(x: Tensor) -> float:  # of `(B, C, H, W)`
+    "Return the standard deviation over batch and positions, root mean square over channels."
+    return x.double().var((0, 2, 3)).mean().sqrt().item()
+
+
+@torch.no_grad()
+def branch_spreads(
+    model: nn.Module,  # in evaluation mode; has residual blocks of timm
+    x: Tensor,  # input of the model, `(B, C, H, W)`
+) -> pd.DataFrame:  # a row per block, from the input on: block, branch, identity, ratio
+    "Measure the spread of each residual branch and of the identity to which it is added."
+    blocks = {name: m for name, m in model.named_modules() if isinstance(m, (BasicBlock, Bottleneck))}
+    if not blocks or model.training:
+        raise ValueError(f"{type(model).__name__} is in training mode or has no residual block of timm: wanted a ResNet after model.eval()")
+    spreads, hooks = {name: {} for name in blocks}, []
+    for name, block in blocks.items():
+        sides = {"branch": getattr(block, "bn3", block.bn2), "identity": block.downsample or block.conv1}
+        for side, module in sides.items():
+            is_input = module is block.conv1  # without a downsampling layer the identity is the block's input
+            keep = lambda _m, i, y, name=name, side=side, is_input=is_input: spreads[name].update({side: spread(i[0] if is_input else y)})  # noqa: E731
+            hooks.append(module.register_forward_hook(keep))
+    try:
+        model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    table = pd.DataFrame.from_dict(spreads, orient="index")[["branch", "identity"]]
+    return table.assign(ratio=table.branch / table.identity).rename_axis("block").reset_index()
+
+# %% ../nbs/22_backbones.ipynb #d53aadaa
+def draw_branches(
+    curves: dict[str, pd.DataFrame],  # label → table of `branch_spreads`
+) -> Figure:
+    "Draw the spread of each branch as a share of the identity's, by depth."
+    fig, ax = plt.subplots(figsize=(7, 2.8), dpi=90, layout="constrained")
+    for label, table in curves.items():
+        ax.plot(table.index + 1, table.ratio.clip(lower=1e-3), "o-", markersize=3, linewidth=1, label=label)
+    ax.axhline(0.1, color="0.6", linewidth=0.8, linestyle=":")
+    ax.set(xlabel="residual block, counted from the input", ylabel="spread of branch / identity", yscale="log")
+    ax.legend(frameon=False, fontsize=8)
+    plt.close(fig)
+    return fig
 
 # %% ../nbs/22_backbones.ipynb #cell-31
 def make_entry(name: str, depth: int, norm: str) -> Callable[..., nn.Module]:

@@ -27,7 +27,7 @@ from .pack import Counts, recycler
 __all__ = ['CHANNELS', 'IMAGENET', 'TURNS', 'INVERSE', 'AS_IT_IS', 'AUGMENTATIONS', 'SAMPLERS', 'Statistics',
            'dataset_statistics', 'reserve', 'select_channels', 'turn', 'draw_view', 'zoom_and_shift', 'Sample',
            'rare_class_weights', 'draw_order', 'SampleStream', 'Batch', 'multi_hot', 'look', 'make_batch', 'Feed',
-           'read_ahead', 'collate', 'copy_planes', 'training_loader', 'scoring_loader', 'whole_tile']
+           'read_ahead', 'collate', 'copy_planes', 'training_loader', 'scoring_loader', 'thin_out', 'whole_tile']
 
 # %% ../nbs/16_batches.ipynb #cell-05
 CHANNELS = {"rgb": (0, 1, 2), "nir3": (3, 3, 3), "rgbn": (0, 1, 2, 3), "rgbr": (0, 1, 2, 0)}
@@ -336,6 +336,13 @@ def scoring_loader(
     mine = range(rank, len(tiles), n_processes)
     batches = (mine[k : k + batch_size] for k in range(0, len(mine), batch_size))
     return read_ahead(lambda batch: prepare(collate((whole_tile(tiles, k) for k in batch), len(batch))), batches)
+
+
+def thin_out(tiles: Sequence, limit: int) -> Sequence:
+    "Keep at most `limit` items, evenly spread; 0 keeps all."
+    if not limit or len(tiles) <= limit:
+        return tiles
+    return [tiles[k * len(tiles) // limit] for k in range(limit)]
 
 
 def whole_tile(tiles: Sequence[Tile], index: int) -> Sample:

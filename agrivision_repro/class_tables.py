@@ -19,7 +19,8 @@ from .paired import Comparison, paired_bootstrap
 from .paper import CLASSES
 from .pictures import CLASS_COLORS, draw_panel
 from .report import METRIC, predict_labels, show_paper, show_score, spread
-from .runs import Result, Run, Workspace, build_model, thin_out
+from .batches import thin_out
+from .runs import Result, Run, Workspace, build_model
 from .scaling import PAPERS_DATA, gmacs_of, kind_of
 from .training import METRICS
 

@@ -5,7 +5,7 @@
 # %% ../nbs/20_norms.ipynb #cell-02
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 
 # %% auto #0
 __all__ = ['Pool', 'PARTS', 'PixelMoments', 'AffineMap', 'normalise', 'pool_moments', 'SumOverProcesses', 'pool_batch',
-           'InstanceBatchNorm2d', 'batch_moments', 'SwitchNorm2d', 'blend', 'SyncedBatchNorm2d', 'sync_norms']
+           'InstanceBatchNorm2d', 'batch_moments', 'SwitchNorm2d', 'blend', 'SyncedBatchNorm2d', 'sync_norms',
+           'recalibrate']
 
 # %% ../nbs/20_norms.ipynb #cell-06
 class PixelMoments(Function):
@@ -245,3 +246,29 @@ def sync_norms(
         elif isinstance(module, SwitchNorm2d):
             module.sync = is_switch_synced
     return model
+
+# %% ../nbs/20_norms.ipynb #04a960a2
+@torch.no_grad()
+def recalibrate(
+    model: nn.Module,  # changed in place: running statistics only
+    batches: Iterable[Tensor],  # inputs of the model, `(B, C, H, W)`, at least one
+) -> int:  # batches read
+    "Estimate the running statistics of all norms as averages over batches; raises ValueError if there is no batch."
+    norms = [m for m in model.modules() if getattr(m, "running_mean", None) is not None]
+    modes, momenta, n = {m: m.training for m in model.modules()}, [m.momentum for m in norms], 0
+    model.eval()
+    for norm in norms:
+        norm.train()
+    try:
+        for n, x in enumerate(batches, 1):
+            for norm in norms:
+                norm.momentum = 1 - 1 / n if isinstance(norm, SwitchNorm2d) else 1 / n  # SwitchNorm's is the weight of the old
+            model(x)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
+    if not n:
+        raise ValueError("batches gave none: wanted at least one input to estimate the statistics on")
+    return n

@@ -16,11 +16,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from .batches import IMAGENET, Statistics, select_channels
+from .batches import IMAGENET, Statistics, select_channels, thin_out
 from .data import Tile, as_panels, pack_labels, paint_labels, unpack_labels
 from .paper import TABLE1
 from .pictures import show_panels
-from .runs import Result, Workspace, thin_out
+from .runs import Result, Workspace
 from .training import METRICS, Recipe
 
 if TYPE_CHECKING:

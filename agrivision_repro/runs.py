@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -25,10 +25,11 @@ import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
+from torch.utils.data import Subset
 
 import agrivision_repro
 from .backbones import check_choice
-from .batches import CHANNELS, IMAGENET, SAMPLERS, Feed, Statistics, dataset_statistics, rare_class_weights
+from .batches import CHANNELS, IMAGENET, SAMPLERS, Feed, Statistics, dataset_statistics, rare_class_weights, thin_out
 from .data import Edition, Tile, Tiles, find_edition, fingerprint
 from .deeplab import DeepLabV3Plus
 from .losses import HybridLoss
@@ -58,7 +59,7 @@ from agrivision_repro.training import (
 # %% auto #0
 __all__ = ['SCALES', 'ANEW', 'CHECKPOINTS', 'TILES', 'PACK_UP_TO', 'Scale', 'find_scale', 'Run', 'plan_run', 'run_id', 'git',
            'provenance', 'write_json', 'write_array', 'read_json', 'refusing', 'Result', 'read_tiles', 'build_model',
-           'build_loss', 'thin_out', 'default_out', 'remove_empty', 'Workspace', 'hold', 'train_run', 'score_inputs',
+           'build_loss', 'default_out', 'remove_empty', 'Workspace', 'hold', 'train_run', 'score_inputs',
            'score_checkpoints', 'train_and_score', 'progress_of', 'saved_iteration', 'is_held', 'show_age', 'list_runs',
            'row_of', 'find_run', 'flatten', 'show_run', 'compare_runs', 'read_result', 'score_again']
 
@@ -69,6 +70,11 @@ class Scale:
 
     recipe: Recipe
     farm: Farmland  # the tiles that are made where the data is synthetic
+    tuned: Mapping[str, Mapping] = field(default_factory=dict)  # data set → fields of the recipe that were tuned on it
+
+    def recipe_for(self, data: str) -> Recipe:
+        "Return the recipe for a data set."
+        return replace(self.recipe, **self.tuned.get(data, {}))
 
 
 SCALES = {
@@ -76,9 +82,16 @@ SCALES = {
         Recipe(1, 3, 6, lr=0.03, batch_size=4, crop=32, width=1 / 16, is_pretrained=False, evaluate_every=5, max_val_tiles=4),
         Farmland(size=64, train_fields=2, val_fields=1, test_fields=1),
     ),
-    "laptop": Scale(  # a minute or two a training on two cores
-        Recipe(20, 140, 340, lr=0.1, batch_size=4, crop=128, width=1 / 4, is_pretrained=False, evaluate_every=100, max_val_tiles=100),
-        Farmland(size=128, train_fields=40, val_fields=10, test_fields=1),
+    "laptop": Scale(  # about a minute a run when two run side by side on two cores
+        Recipe(
+            120, 140, 340, lr=0.1, batch_size=4, crop=128, width=1 / 4, is_pretrained=False,
+            recalibrate=64, evaluate_every=600, max_val_tiles=96,
+        ),
+        Farmland(size=128, train_fields=80, val_fields=48, test_fields=1),
+    ),
+    "workstation": Scale(  # minutes a run on one GPU; not tuned
+        Recipe(600, 700, 1_700, lr=0.05, batch_size=16, crop=128, is_pretrained=False, recalibrate=256, evaluate_every=1_000),
+        Farmland(size=256, train_fields=200, val_fields=60, test_fields=2),
     ),
     "paper": Scale(Recipe(), Farmland(size=512, train_fields=400, val_fields=100, test_fields=10)),
 }  # fmt: skip
@@ -111,6 +124,7 @@ class Run:
     output_stride: int = 16
     multigrid: bool = True  # dilate layer 4's blocks by 1, 2 and 4 times the rest
     is_switch_synced: bool = False  # over several processes, take SwitchNorm's batch moments over all
+    shared_places: bool = False  # also score validation tiles of places that training tiles show
     seed: int = 0
 
     @property
@@ -145,7 +159,7 @@ def plan_run(
         raise ValueError(f"recipe is {recipe!r} at scale {scale!r}: wanted one of {', '.join(RECIPES)} at scale 'paper'")
     choices = {"low_level": 3 if recipe.startswith("shipped") else 1} | choices
     is_synthetic = find_edition(data).name == "synthetic"
-    return Run(RECIPES[recipe] if recipe else chosen.recipe, data, chosen.farm if is_synthetic else None, **choices)
+    return Run(RECIPES[recipe] if recipe else chosen.recipe_for(data), data, chosen.farm if is_synthetic else None, **choices)
 
 
 def run_id(
@@ -300,13 +314,6 @@ def build_loss(run: Run) -> HybridLoss:
     options = {name: getattr(run, name) for name in ("bce_over_valid", "dice_per_class", "lovasz_per_image")}
     return HybridLoss(run.dice, run.lovasz, **options)
 
-# %% ../nbs/60_runs.ipynb #cell-18
-def thin_out(tiles: Sequence, limit: int) -> Sequence:
-    "Keep at most `limit` items, evenly spread; 0 keeps all."
-    if not limit or len(tiles) <= limit:
-        return tiles
-    return [tiles[k * len(tiles) // limit] for k in range(limit)]
-
 # %% ../nbs/60_runs.ipynb #cell-21
 PACK_UP_TO = 2e9  # bytes of images; a larger split is packed only when asked, by `agrivision data pack`
 
@@ -382,11 +389,25 @@ class Workspace:
 
     def tiles(self, run: Run, split: str) -> Sequence[Tile]:
         "Give the tiles that a Run is trained on (`train`) or scored on (`val`)."
-        return thin_out(self.open(run.data, run.farm, split), run.recipe.max_val_tiles if split == "val" else 0)
+        tiles = self.open(run.data, run.farm, split)
+        return Subset(tiles, self.scored(run)) if split == "val" else tiles
+
+    def left_out(self, run: Run) -> list[str]:
+        "List the validation tiles of places that training tiles show, which a Run is not scored on."
+        trained, tiles = set(self.open(run.data, run.farm, "train").fields), self.open(run.data, run.farm, "val")
+        return [] if run.shared_places else [n for n, place in zip(tiles.names, tiles.fields, strict=True) if place in trained]
+
+    def scored(self, run: Run) -> Sequence[int]:
+        "List the validation tiles that a Run is scored on, by their position."
+        names, left_out = self.open(run.data, run.farm, "val").names, set(self.left_out(run))
+        if len(left_out) == len(names):
+            raise ValueError(f"all {len(names)} validation tiles show places of training tiles: split the data by place")
+        return thin_out([k for k, name in enumerate(names) if name not in left_out], run.recipe.max_val_tiles)
 
     def fields(self, run: Run) -> list[str]:
-        "Name the field of each tile that a Run is scored on; the tile itself where names do not tell."
-        return list(thin_out(self.open(run.data, run.farm, "val").fields, run.recipe.max_val_tiles))
+        "List the place of each tile that a Run is scored on; the tile itself where names do not tell."
+        fields = self.open(run.data, run.farm, "val").fields
+        return [fields[k] for k in self.scored(run)]
 
     def feed(self, run: Run, split: str, channels: str = "") -> Feed:
         "Give those tiles with all that decides what the model is shown of them; `channels` other than the Run's to test on."
@@ -509,7 +530,10 @@ def train_and_score(run: Run, workspace: Workspace, trainer: Trainer, folder: Pa
     tests = {channels: workspace.feed(run, "val", channels) for channels in run.test_inputs}
     if state.exists():
         load_state(trainer, state)
-    keep(resumed_at=trainer.iteration, statistics=feed.statistics, n_train=len(feed.tiles), n_val=len(tests[run.test_inputs[0]].tiles))
+    n_val, left_out = len(tests[run.test_inputs[0]].tiles), workspace.left_out(run)
+    keep(resumed_at=trainer.iteration, statistics=feed.statistics, n_train=len(feed.tiles), n_val=n_val, left_out=left_out)
+    if left_out and accelerator.is_main_process:
+        print(f"not scored, as training tiles show their places: {', '.join(left_out)} of the validation tiles", file=sys.stderr)
     accelerator.init_trackers("agrivision_repro", {"title": run.title})
     fit(trainer, feed, state, tests[run.channels if run.channels in tests else run.test_inputs[0]], title, workspace.save_every)
     for tracker in accelerator.trackers:

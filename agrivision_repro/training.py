@@ -25,11 +25,11 @@ from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
-from .batches import INVERSE, Batch, Feed, SampleStream, scoring_loader, training_loader, turn
+from .batches import INVERSE, Batch, Feed, SampleStream, scoring_loader, thin_out, training_loader, turn
 from .divergence import CURVE_COLORS
 from .losses import HybridLoss
 from .metrics import ChallengeIoU, CountingIoU, MultilabelIoU, background_only
-from .norms import sync_norms
+from .norms import recalibrate, sync_norms
 
 # %% auto #0
 __all__ = ['RECIPES', 'MARKS', 'SCHEDULE_ROWS', 'PRECISIONS', 'COMPILE_FROM', 'METRICS', 'TTA', 'SAVE_EVERY', 'LOG_EVERY',
@@ -37,7 +37,7 @@ __all__ = ['RECIPES', 'MARKS', 'SCHEDULE_ROWS', 'PRECISIONS', 'COMPILE_FROM', 'M
            'show_number', 'has_bf16', 'check_device', 'Engine', 'make_engine', 'speed_up', 'compile_model', 'Trainer',
            'history_table', 'draw_history', 'checksum', 'replace_file', 'save_tensors', 'read_tensors', 'read_metadata',
            'save_state', 'load_state', 'Stopped', 'hear_signals', 'score_tiles', 'score', 'summarise', 'fit', 'agree',
-           'report_progress', 'check_finite', 'evaluate']
+           'recalibrate_norms', 'report_progress', 'check_finite', 'evaluate']
 
 # %% ../nbs/50_training.ipynb #cell-05
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Recipe:
     sampler: str = "shuffle"  # one of `batches.SAMPLERS`
     width: float = 1.0  # scales the channels of backbone and head
     is_pretrained: bool = True  # start the backbone from ImageNet
+    recalibrate: int = 0  # training tiles on which all norms' running statistics are estimated again at the end; 0: they are kept
     evaluate_every: int = 1_000  # iterations between looks at the validation tiles
     max_val_tiles: int = 0  # score on at most so many tiles, evenly spread over the split; 0: all
 
@@ -504,6 +505,8 @@ def fit(
             if is_kept or trainer.iteration % LOG_EVERY == 0 or trainer.iteration == last:
                 check_finite(trainer, stream)
                 report_progress(trainer, bar, row)
+            if trainer.iteration == last and recipe.recalibrate:
+                recalibrate_norms(trainer, feed)
             if validation and (trainer.iteration % recipe.evaluate_every == 0 or trainer.iteration == last):
                 evaluate(trainer, validation, state.with_name("best.safetensors"))
             if is_kept and accelerator.is_main_process:
@@ -519,6 +522,14 @@ def agree(came: list[int], engine: Engine) -> int:  # a signal's number; 0: none
     if engine.accelerator.num_processes == 1:
         return signum
     return int(engine.accelerator.gather(torch.tensor([signum], device=engine.device)).max())
+
+
+def recalibrate_norms(trainer: Trainer, feed: Feed) -> None:
+    "Estimate running statistics again on whole training tiles, evenly spread, the same in every process."
+    engine, tiles = trainer.engine, thin_out(feed.tiles, trainer.recipe.recalibrate)
+    batches = scoring_loader(tiles, prepare=feed.prepare(engine.device))
+    with engine.autocast():
+        recalibrate(trainer.bare_model, (batch.x.contiguous(memory_format=torch.channels_last) for batch in batches))
 
 
 def report_progress(trainer: Trainer, bar: tqdm, row: Tensor) -> None:

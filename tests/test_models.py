@@ -9,9 +9,12 @@ import torch
 from processes import in_two_processes
 from torch import nn
 
-from agrivision_repro.backbones import DEPTHS, NORMS, create_backbone
+from agrivision_repro.backbones import DEPTHS, NORMS, branch_spreads, create_backbone
 from agrivision_repro.deeplab import DeepLabV3Plus
-from agrivision_repro.norms import InstanceBatchNorm2d, SwitchNorm2d
+from agrivision_repro.norms import InstanceBatchNorm2d, SwitchNorm2d, recalibrate
+from agrivision_repro.runs import Run, build_loss, build_model
+from agrivision_repro.scaling import make_up_batch
+from agrivision_repro.training import Recipe, Trainer, make_engine
 
 TINY = 1 / 16  # of the width
 
@@ -160,3 +163,24 @@ def test_two_processes_are_one(tmp_path):
         else:  # a parameter's gradient is the sum over processes
             got = first[key] + second[key]
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12, msg=key)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_branches_speak(norm):
+    "Right after the start and after a short run, each branch has at least a tenth of the spread of the identity beside it."
+    recipe = Recipe(8, 8, 14, lr=0.05, batch_size=4, width=1 / 8, is_pretrained=False)
+    kind = Run(recipe, channels="rgb", norm=norm, lovasz=1.0)
+    trainer = Trainer(build_model(kind), build_loss(kind), recipe, 0, make_engine("cpu", "float32"))
+    batch = make_up_batch(kind, 64, 4, torch.device("cpu"))
+    for n_steps in (0, recipe.iterations):
+        for _ in range(n_steps):
+            trainer.step([batch])
+        recalibrate(trainer.bare_model, [batch.x])
+        table = branch_spreads(trainer.bare_model.eval(), batch.x)
+        assert len(table) == 33 and table.ratio.min() > 0.1, f"after {n_steps} steps: {table.nsmallest(3, 'ratio')}"
+        trainer.bare_model.train()
+
+
+def test_timm_registry_starts_branches_too():
+    model = timm.create_model("resnet50_ibn_a", channels=(8, 16, 32, 64), num_classes=3)
+    assert all((block.bn3.weight == 1).all() for block in (*model.layer1, *model.layer4))

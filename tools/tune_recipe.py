@@ -1,0 +1,88 @@
+"""Try laptop recipes on ResNet101 alone, on a held-out part of the *training* tiles, and keep what came of each in a table.
+
+usage: tune_recipe.py DATA TABLE.csv [--data-root DIR] [--out DIR] [--seeds 0,1] [--channels rgb] FIELD=VALUE[,FIELD=VALUE ...] ...
+
+Each argument is one recipe: the fields of `Recipe` in which it differs from the laptop scale's. `iterations=N` keeps the laptop's
+proportions of constant phase and decay. A row that the table holds already is not run again.
+"""
+
+import argparse
+import os
+import time
+from ast import literal_eval
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from agrivision_repro.batches import Feed
+from agrivision_repro.data import find_edition
+from agrivision_repro.runs import Run, Workspace, build_loss, build_model, plan_run
+from agrivision_repro.training import Recipe, Trainer, fit, make_engine, recalibrate_norms, score_tiles
+
+HELD_OUT = 4  # every so manieth place of the training tiles is scored on, and not trained on
+
+
+def read_recipe(base: Recipe, words: str) -> Recipe:
+    "Change fields of a recipe by their names."
+    fields = dict(word.split("=") for word in words.split(","))
+    changes = {name: literal_eval(value) if value[0] in "0123456789" else value for name, value in fields.items()}
+    n, warmup = changes.pop("iterations", base.iterations), changes.pop("warmup", base.warmup)
+    left = n - warmup
+    constant = round(left * 7 / 24)  # the paper's 7,000 and 17,000 after its warm-up
+    return replace(base, warmup=warmup, constant=constant, decay=left - constant, **changes)
+
+
+def split_training(run: Run, workspace: Workspace) -> tuple[Feed, Feed]:
+    "Part the training tiles by place into those to train on and those to score on."
+    feed, fields = workspace.feed(run, "train"), list(workspace.open(run.data, run.farm, "train").fields)
+    held = set(sorted(set(fields))[::HELD_OUT])
+    kept, scored = ([feed.tiles[k] for k, f in enumerate(fields) if (f in held) == is_held] for is_held in (False, True))
+    return replace(feed, tiles=kept), replace(feed, tiles=scored)
+
+
+def last_norms(model: torch.nn.Module) -> float:
+    "Average |gamma| of the last norms of the residual branches."
+    blocks = [b for k in (1, 2, 3, 4) for b in model.backbone.get_submodule(f"layer{k}")]
+    return float(torch.cat([(b.bn3 if hasattr(b, "bn3") else b.bn2).weight.detach().abs() for b in blocks]).mean())
+
+
+def try_recipe(run: Run, workspace: Workspace, state: Path) -> dict:
+    "Train on one part of the training tiles and score on the other, before and after recalibration."
+    engine, (train, held) = make_engine("cpu", workspace.precision), split_training(run, workspace)
+    began, trainer = time.monotonic(), Trainer(build_model(run), build_loss(run), replace(run.recipe, recalibrate=0), run.seed, engine)
+    fit(trainer, train, state, title=run.title, save_every=10**9)
+    seconds, losses = time.monotonic() - began, torch.stack(trainer.history)[:, 1]
+    trainer.recipe, n = run.recipe, len(losses) // 10
+    stale = score_tiles(trainer.bare_model, held, engine)[0]
+    recalibrate_norms(trainer, train)
+    fresh = score_tiles(trainer.bare_model, held, engine)[0]
+    row = {"seconds": round(seconds), "loss": float(losses[-n:].mean()), "tenth before": float(losses[-2 * n : -n].mean())}
+    row |= {"stale": stale["multilabel"]["mean"], **{name: s["mean"] for name, s in fresh.items()}, "floor": fresh["challenge"]["floor"]}
+    return row | {"last gamma": last_norms(trainer.bare_model)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data"), parser.add_argument("table", type=Path), parser.add_argument("recipes", nargs="+")
+    parser.add_argument("--data-root", default=""), parser.add_argument("--out", default="out/tuning")
+    parser.add_argument("--seeds", default="0"), parser.add_argument("--channels", default="rgb")
+    args = parser.parse_args()
+    workspace = Workspace(args.out, args.data_root, "cpu")
+    for words in args.recipes:
+        for seed in map(int, args.seeds.split(",")):
+            key = {"data": find_edition(args.data).name, "channels": args.channels, "recipe": words, "seed": seed}
+            run = plan_run("laptop", args.data, channels=args.channels, seed=seed, lovasz=1.0)
+            run = replace(run, recipe=read_recipe(run.recipe, words))
+            known = pd.read_csv(args.table) if args.table.exists() else pd.DataFrame(columns=list(key))
+            if (known[list(key)].astype(str) == {k: str(v) for k, v in key.items()}).all(axis=1).any():
+                continue
+            row = key | try_recipe(run, workspace, Path(args.out) / f"tuning-{os.getpid()}" / "state.safetensors")
+            known = pd.read_csv(args.table) if args.table.exists() else pd.DataFrame()
+            pd.concat([known, pd.DataFrame([row])]).round(4).to_csv(args.table, index=False)
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
