@@ -1,6 +1,7 @@
 """Try laptop recipes on ResNet101 alone, on a held-out part of the *training* tiles, and keep what came of each in a table.
 
-usage: tune_recipe.py DATA TABLE.csv [--data-root DIR] [--out DIR] [--seeds 0,1] [--channels rgb] FIELD=VALUE[,FIELD=VALUE ...] ...
+usage: tune_recipe.py DATA TABLE.csv [--data-root DIR] [--out DIR] [--seeds 0,1] [--channels rgb] [--n-train N]
+       FIELD=VALUE[,FIELD=VALUE ...] ...
 
 Each argument is one recipe: the fields of `Recipe` in which it differs from the laptop scale's. `iterations=N` keeps the laptop's
 proportions of constant phase and decay. A row that the table holds already is not run again.
@@ -16,12 +17,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from agrivision_repro.batches import Feed
+from agrivision_repro.batches import Feed, thin_out
 from agrivision_repro.data import find_edition
 from agrivision_repro.runs import Run, Workspace, build_loss, build_model, plan_run
 from agrivision_repro.training import Recipe, Trainer, fit, make_engine, recalibrate_norms, score_tiles
 
-HELD_OUT = 4  # every so manieth place of the training tiles is scored on, and not trained on
+HELD_OUT = 4  # one in so many places of the training tiles is scored on, and not trained on
 
 
 def read_recipe(base: Recipe, words: str) -> Recipe:
@@ -34,12 +35,12 @@ def read_recipe(base: Recipe, words: str) -> Recipe:
     return replace(base, warmup=warmup, constant=constant, decay=left - constant, **changes)
 
 
-def split_training(run: Run, workspace: Workspace) -> tuple[Feed, Feed]:
-    "Part the training tiles by place into those to train on and those to score on."
+def split_training(run: Run, workspace: Workspace, n_train: int) -> tuple[Feed, Feed]:
+    "Split the training tiles by place into at most `n_train` to train on and those to score on."
     feed, fields = workspace.feed(run, "train"), list(workspace.open(run.data, run.farm, "train").fields)
     held = set(sorted(set(fields))[::HELD_OUT])
     kept, scored = ([feed.tiles[k] for k, f in enumerate(fields) if (f in held) == is_held] for is_held in (False, True))
-    return replace(feed, tiles=kept), replace(feed, tiles=scored)
+    return replace(feed, tiles=thin_out(kept, n_train)), replace(feed, tiles=thin_out(scored, run.recipe.max_val_tiles))
 
 
 def last_norms(model: torch.nn.Module) -> float:
@@ -48,9 +49,9 @@ def last_norms(model: torch.nn.Module) -> float:
     return float(torch.cat([(b.bn3 if hasattr(b, "bn3") else b.bn2).weight.detach().abs() for b in blocks]).mean())
 
 
-def try_recipe(run: Run, workspace: Workspace, state: Path) -> dict:
+def try_recipe(run: Run, workspace: Workspace, state: Path, n_train: int) -> dict:
     "Train on one part of the training tiles and score on the other, before and after recalibration."
-    engine, (train, held) = make_engine("cpu", workspace.precision), split_training(run, workspace)
+    engine, (train, held) = make_engine("cpu", workspace.precision), split_training(run, workspace, n_train)
     began, trainer = time.monotonic(), Trainer(build_model(run), build_loss(run), replace(run.recipe, recalibrate=0), run.seed, engine)
     fit(trainer, train, state, title=run.title, save_every=10**9)
     seconds, losses = time.monotonic() - began, torch.stack(trainer.history)[:, 1]
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("data"), parser.add_argument("table", type=Path), parser.add_argument("recipes", nargs="+")
     parser.add_argument("--data-root", default=""), parser.add_argument("--out", default="out/tuning")
     parser.add_argument("--seeds", default="0"), parser.add_argument("--channels", default="rgb")
+    parser.add_argument("--n-train", type=int, default=0, help="train on at most so many tiles, evenly spread; 0: all")
     args = parser.parse_args()
     workspace = Workspace(args.out, args.data_root, "cpu")
     for words in args.recipes:
@@ -78,7 +80,7 @@ def main() -> None:
             known = pd.read_csv(args.table) if args.table.exists() else pd.DataFrame(columns=list(key))
             if (known[list(key)].astype(str) == {k: str(v) for k, v in key.items()}).all(axis=1).any():
                 continue
-            row = key | try_recipe(run, workspace, Path(args.out) / f"tuning-{os.getpid()}" / "state.safetensors")
+            row = key | try_recipe(run, workspace, Path(args.out) / f"tuning-{os.getpid()}" / "state.safetensors", args.n_train)
             known = pd.read_csv(args.table) if args.table.exists() else pd.DataFrame()
             pd.concat([known, pd.DataFrame([row])]).round(4).to_csv(args.table, index=False)
             print(row, flush=True)
