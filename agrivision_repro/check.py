@@ -43,6 +43,7 @@ FAULTS = {
     "wrong mode": "another number of channels, or not bytes",
     "wrong size": "another size than the tile's first file",
     "not binary": "a label or mask with values other than 0 and 255",
+    "unknown code": "a label with a code that the data set's table lacks",
     "bad name": "not FIELD_x1-y1-x2-y2",
     "without image": "a label or mask of no tile",
     "duplicate": "the same image under two names",
@@ -117,7 +118,7 @@ def count_tile(
     pixels, values = masks.sum((1, 2)), np.arange(256)
     histogram = np.stack([np.bincount(channel[tile.valid], minlength=256) for channel in tile.image])
     return Census(
-        classes, is_labelled, 1, {field_of(tile.name)}, Counter([tile.labels.shape]), tile.valid.size, int(tile.valid.sum()),
+        classes, is_labelled, 1, set(), Counter([tile.labels.shape]), tile.valid.size, int(tile.valid.sum()),
         int((masks[1:].sum(0) > 1).sum()), pixels, (pixels > 0).astype(np.int64), histogram @ values, histogram @ values**2,
     )  # fmt: skip
 
@@ -161,6 +162,8 @@ def check_tile(tiles: Tiles, name: str) -> TileReport:
     files = tiles.files(name)
     is_whole = parts.keys() == files.keys()
     census = count_tile(tiles.assemble(name, parts), tiles.classes, tiles.is_labelled) if is_whole else None
+    if census is not None:
+        census.fields = {tiles.field(name)}
     if census is not None and not census.n_valid:
         faults.append(Fault("no valid pixel", name, f"{name} has no valid pixel: it teaches nothing and is not scored"))
     first = next(iter(files.values()))

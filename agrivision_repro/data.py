@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,11 +25,12 @@ from PIL import Image
 from .pictures import CLASS_COLORS, add_class_legend, draw_panel, paint_classes
 
 # %% auto #0
-__all__ = ['BANDS', 'SMALL', 'AGRIVISION_2020', 'AGRIVISION_2021', 'TREE_RADIUS', 'FARTHEST', 'AGRIVISION_CREDIT', 'EDITIONS',
-           'Tile', 'pack_labels', 'unpack_labels', 'BadFile', 'decode_small', 'decode', 'read_image', 'Tiles',
-           'need_folders', 'field_of', 'AgricultureVision', 'AgricultureVisionYears', 'draw_disks', 'UrbanTrees',
-           'Edition', 'find_edition', 'home_of', 'detect_edition', 'open_tiles', 'open_splits', 'fingerprint',
-           'paint_labels', 'as_panels', 'draw_outlines', 'contact_sheet']
+__all__ = ['BANDS', 'LZW', 'SMALL', 'AGRIVISION_2020', 'AGRIVISION_2021', 'TREE_RADIUS', 'FARTHEST', 'CROPS', 'RUNS_OF_CODES',
+           'CDL_CODES', 'CROP_BITS', 'WHITE', 'NODATA', 'AGRIVISION_CREDIT', 'EDITIONS', 'Tile', 'pack_labels',
+           'unpack_labels', 'BadFile', 'decode_small', 'decode', 'read_image', 'Tiles', 'need_folders', 'field_of',
+           'AgricultureVision', 'AgricultureVisionYears', 'draw_disks', 'UrbanTrees', 'to_bytes', 'AgNet', 'Edition',
+           'find_edition', 'home_of', 'detect_edition', 'open_tiles', 'open_splits', 'fingerprint', 'paint_labels',
+           'as_panels', 'draw_labels', 'contact_sheet']
 
 # %% ../nbs/10_data.ipynb #cell-05
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ def unpack_labels(
     return np.stack([bits == 0, *anomalies])
 
 # %% ../nbs/10_data.ipynb #cell-10
-BANDS = {"L": (), "RGB": (3,), "RGBN": (4,)}  # what a file may hold → its last axis
+BANDS = {"L": (), "RGB": (3,), "RGBN": (4,), "I": ()}  # what a file may contain → its last axis; uint8, "I" int32
+LZW = 5  # a compression in TIFF that tifffile cannot read without imagecodecs
 SMALL = 4096  # bytes; a mask of one value takes some hundred
 
 
@@ -100,7 +103,9 @@ def decode(
 ) -> np.ndarray:  # `(H, W)` or `(H, W, bands)`
     "Decode an image file."
     if content[:2] in (b"II", b"MM"):
-        return tifffile.imread(BytesIO(content))
+        with tifffile.TiffFile(BytesIO(content)) as tiff:
+            if tiff.pages[0].compression != LZW or tiff.pages[0].samplesperpixel > 1:
+                return tiff.asarray()
     with Image.open(BytesIO(content)) as image:
         pixels = np.asarray(image)
     pixels.flags.writeable = False
@@ -109,9 +114,9 @@ def decode(
 
 def read_image(
     path: Path,
-    bands: str,  # "L", "RGB", or "RGBN" for a four-band TIFF
+    bands: str,  # "L", "RGB", "RGBN" for a four-band TIFF, or "I" for whole numbers of 32 bits
     size: tuple[int, int] | None = None,  # wanted (height, width), pixels; None: any
-) -> np.ndarray:  # `(H, W)` or `(H, W, bands)` uint8
+) -> np.ndarray:  # `(H, W)` or `(H, W, bands)` uint8; int32 for "I"
     "Decode one image file, wholly, and check what it is."
     try:
         content = path.read_bytes()
@@ -121,8 +126,9 @@ def read_image(
     except Exception as error:  # on damaged bytes decoders raise whatever they run into, zlib.error, IndexError and MemoryError among it
         kind = "truncated" if "truncated" in str(error).lower() else "unreadable"
         raise BadFile(kind, f"{path} cannot be read ({error}): unpack it again") from error
-    if pixels.shape[2:] != BANDS[bands] or pixels.dtype != np.uint8:
-        raise BadFile("wrong mode", f"{path} is {pixels.shape} {pixels.dtype}, wanted {bands} bytes: unpack it again, or convert it")
+    wanted = "I int32" if bands == "I" else f"{bands} bytes"
+    if pixels.shape[2:] != BANDS[bands] or pixels.dtype != (np.int32 if bands == "I" else np.uint8):
+        raise BadFile("wrong mode", f"{path} is {pixels.shape} {pixels.dtype}, wanted {wanted}: unpack it again, or convert it")
     if size is not None and pixels.shape[:2] != tuple(size):
         got, wanted = ("×".join(map(str, s)) for s in (pixels.shape[:2], size))
         raise BadFile("wrong size", f"{path} is {got} pixels, but the tile's RGB image is {wanted}: unpack it again")
@@ -150,8 +156,12 @@ class Tiles(Sequence):
 
     @property
     def fields(self) -> list[str]:
-        "Name the field that each tile was cut from, or the tile where it is its own."
-        return [field_of(name) if self.is_by_field else name for name in self.names]
+        "List the place that each tile was cut from, in the order of `names`."
+        return [self.field(name) for name in self.names]
+
+    def field(self, name: str) -> str:
+        "Return the place that a tile was cut from: the tile itself unless the layout says more."
+        return name
 
     @classmethod
     def has_split(cls, root: Path, split: str) -> bool:
@@ -237,6 +247,9 @@ class AgricultureVision(Tiles):
     @classmethod
     def has_split(cls, root: Path, split: str) -> bool:
         return (root / split).is_dir()
+
+    def field(self, name: str) -> str:
+        return field_of(name)
 
     def find_names(self) -> list[str]:
         homes, found = self.find_homes(), {}
@@ -370,6 +383,92 @@ class UrbanTrees(Tiles):
             raise BadFile("unreadable", f"{path} has points that are at no pixel: get it again")
         return points
 
+# %% ../nbs/10_data.ipynb #agnet-01
+CROPS = {  # class → codes of the Cropland Data Layer; every other code is background
+    "wetland": (87, 190, 195), "soybeans": (5,), "small_grains": (*range(21, 26), *range(27, 30), 205), "water": (83, 111),
+    "grass_hay": (36, 37, 58, 62, 176), "dry_beans_peas": (42, 51, 52, 53), "corn": (1,), "fallow": (61,),
+}  # fmt: skip
+RUNS_OF_CODES = (  # first and last code of each run in the table that comes with the tiles
+    (1, 6), (10, 14), (21, 39), (41, 72), (74, 77), (81, 83), (87, 88), (92, 92), (111, 112), (121, 124), (131, 131), (141, 143),
+    (152, 152), (176, 176), (190, 190), (195, 195), (204, 214), (216, 227), (229, 250), (254, 254),
+)  # fmt: skip
+CDL_CODES = frozenset(code for first, last in RUNS_OF_CODES for code in range(first, last + 1))
+CROP_BITS = np.array([sum(1 << k for k, codes in enumerate(CROPS.values()) if code in codes) for code in range(256)], np.uint8)
+
+# %% ../nbs/10_data.ipynb #agnet-05
+WHITE = np.array([2200, 1800, 1800, 5500])[:, None, None]  # reflectance × 10,000 that becomes 255, of R, G, B, NIR
+NODATA = -1
+
+
+def to_bytes(
+    reflectance: np.ndarray,  # R, G, B, NIR, × 10,000, `(4, H, W)` int32
+) -> np.ndarray:  # `(4, H, W)` uint8
+    "Scale reflectance linearly to bytes, clipped at 0 and at the white point of each channel."
+    return np.rint(255 / WHITE * np.clip(reflectance, 0, WHITE)).astype(np.uint8)
+
+# %% ../nbs/10_data.ipynb #agnet-07
+class AgNet(Tiles):
+    "A split of the Ag-Net dataset, in its own layout; see `CROPS` for the classes."
+
+    files_of = {
+        **{role: f"input_32bit/lc8_2015245_{{}}_{band}.tif" for role, band in {"red": 4, "green": 3, "blue": 2, "nir": 5}.items()},
+        "crops": "target/cdl_2015245_{}.tif",
+    }
+    columns = {"train": (0, 39), "val": (44, 51), "test": (54, 999)}  # first and last of each split
+    side, block = 128, 4  # pixels of a tile, tiles of a block
+
+    @classmethod
+    def has_split(cls, root: Path, split: str) -> bool:
+        return any(cls.find(root, split).values())
+
+    @classmethod
+    def find(cls, root: Path, split: str) -> dict[str, set[str]]:  # role → names
+        "List the tiles of a split that have each file."
+        first, last = cls.columns[split]
+        found: dict[str, set[str]] = {}
+        for role, pattern in cls.files_of.items():
+            head, tail = pattern.split("{}")
+            names = {path.relative_to(root).as_posix()[len(head) : -len(tail)] for path in root.glob(pattern.format("*"))}
+            found[role] = {n for n in names if re.fullmatch(r"\d+_\d+", n) and first <= int(n.split("_")[1]) <= last}
+        return found
+
+    def find_names(self) -> list[str]:
+        if (self.root / "input").is_dir() and not (self.root / "input_32bit").is_dir():
+            raise FileNotFoundError(f"{self.root} has input, clipped to 8 bits, but not input_32bit: NIR is only there, so add that folder")
+        need_folders(self.root, ["input_32bit", "target"], "ag-net")
+        found = self.find(self.root, self.split)
+        lacking = [self.files_of[role].format("ROW_COL") for role, names in found.items() if not names]
+        if 0 < len(lacking) < len(found):
+            raise FileNotFoundError(f"{self.root} has no {', no '.join(lacking)} of the split {self.split!r}: unpack the data set again")
+        return sorted(set().union(*found.values()))  # a tile that lacks a file is named when it is read
+
+    def field(self, name: str) -> str:
+        row, column = map(int, name.split("_"))
+        return f"{row // self.block}_{column // self.block}"
+
+    def files(self, name: str) -> dict[str, Path]:
+        return {role: self.root / pattern.format(name) for role, pattern in self.files_of.items()}
+
+    def load(self, role: str, path: Path, size: tuple[int, int] | None) -> np.ndarray:
+        try:
+            pixels = read_image(path, "L" if role == "crops" else "I")
+        except BadFile as error:
+            if error.kind == "wrong mode" and role != "crops":
+                remedy = "NIR is clipped in the 8-bit files, so unpack input_32bit, not input"
+                raise BadFile(error.kind, f"{path} is not int32: {remedy}") from error
+            raise
+        if pixels.shape != (self.side, self.side):
+            got = "×".join(map(str, pixels.shape))
+            raise BadFile("wrong size", f"{path} is {got} pixels, wanted {self.side}×{self.side}: unpack it again")
+        if role == "crops" and (unknown := set(np.unique(pixels).tolist()) - CDL_CODES):
+            codes = ", ".join(map(str, sorted(unknown)))
+            raise BadFile("unknown code", f"{path} has crop codes that cdlvalue.csv lacks ({codes}): unpack it again")
+        return pixels
+
+    def assemble(self, name: str, parts: dict[str, np.ndarray]) -> Tile:
+        reflectance = np.stack([parts[role] for role in ("red", "green", "blue", "nir")])
+        return Tile.of(name, to_bytes(reflectance), CROP_BITS[parts["crops"]], (reflectance != NODATA).all(0))
+
 # %% ../nbs/10_data.ipynb #cell-27
 @dataclass(frozen=True)
 class Edition:
@@ -409,6 +508,10 @@ EDITIONS = {
         Edition(
             "naip-trees", "NAIP aerial chips with trees", ("background", "tree"), UrbanTrees,
             "NAIP chips and tree points: Ventura et al. 2024, Urban Tree Detection Data, CC BY 4.0", ("images", "csv"),
+        ),
+        Edition(
+            "ag-net", "Landsat farmland with crops", ("background", *CROPS), AgNet,
+            "Ag-Net: Sun et al., MIT; Landsat 8 (USGS), Cropland Data Layer (USDA)", ("target/cdl_*.tif",), "ag-net",
         ),
     )
 }  # fmt: skip
@@ -497,12 +600,14 @@ def as_panels(
     return {"RGB": tile.image[:3].transpose(1, 2, 0), "NIR": tile.image[3], "labels": labels}
 
 # %% ../nbs/10_data.ipynb #cell-39
-def draw_outlines(ax, tile: Tile, n_classes: int) -> None:
-    "Draw a tile in RGB with every class outlined in its colour, and invalid pixels hatched."
-    draw_panel(ax, "labels", tile.image[:3].transpose(1, 2, 0))
+def draw_labels(ax, tile: Tile, n_classes: int) -> None:
+    "Draw a tile in RGB with every class outlined in its color, and invalid pixels hatched; paint classes that cover most of it."
+    masks = unpack_labels(tile.labels, n_classes)
+    is_painted = (masks.sum(0) == 1).all() and masks[0].mean() < 0.5
+    draw_panel(ax, "labels", paint_labels(tile.labels, tile.valid) if is_painted else tile.image[:3].transpose(1, 2, 0))
     if not tile.valid.all():
         ax.contourf(~tile.valid, levels=[0.5, 1.5], hatches=["////"], colors=["#00000080"])
-    for k, mask in enumerate(unpack_labels(tile.labels, n_classes)[1:], 1):
+    for k, mask in enumerate(() if is_painted else masks[1:], 1):
         if mask.any():
             rows, columns = (np.arange(-1, n + 1) for n in mask.shape)  # a margin closes an outline at the tile's edge
             ax.contour(columns, rows, np.pad(mask, 1), levels=[0.5], colors=[CLASS_COLORS[k]], linewidths=1.5)
@@ -523,7 +628,7 @@ def contact_sheet(
         draw_panel(row[1], "NIR", tile.image[3])
         draw_panel(row[2], "NIR − Red", nir - red)
         row[2].images[0].set(cmap="PiYG", clim=(-128, 128))
-        draw_outlines(row[3], tile, len(tiles.classes))
+        draw_labels(row[3], tile, len(tiles.classes))
         row[0].set_ylabel(tile.name, fontsize=6)
     add_class_legend(fig, tiles.classes)
     plt.close(fig)

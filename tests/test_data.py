@@ -9,15 +9,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
-from trees import CLASSES_2021, FARM, farm_2020, farm_2021, farm_cvpr2020
+from trees import AG_NET_TILES, CLASSES_2021, FARM, ag_net, ag_net_codes, ag_net_reflectance, farm_2020, farm_2021, farm_cvpr2020
 
 from agrivision_repro.check import check_data, unpack_archive
 from agrivision_repro.cli import main
-from agrivision_repro.data import AGRIVISION_2020, AGRIVISION_2021, detect_edition, field_of, open_tiles
+from agrivision_repro.data import (
+    AGRIVISION_2020,
+    AGRIVISION_2021,
+    CROPS,
+    WHITE,
+    BadFile,
+    detect_edition,
+    field_of,
+    open_splits,
+    open_tiles,
+    unpack_labels,
+)
 from agrivision_repro.synthetic import write_farmland
 
-NAIP = Path(__file__).resolve().parents[2] / "shared" / "naip-trees"  # 120 chips, beside a developer's checkout only
+SHARED = Path(__file__).resolve().parents[2] / "shared"  # beside a developer's checkout only
+NAIP = SHARED / "naip-trees"  # 120 chips
+AG_NET = SHARED / "ag-net" / "ag-net.tar.xz"  # 272 tiles
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +199,99 @@ def test_naip_chips():
     assert report.is_trustworthy and not report.faults
     assert sum(census.n_tiles for census in report.splits.values()) == 120
     assert {size for census in report.splits.values() for size in census.sizes} == {(256, 256)}
+
+
+def test_ag_net_tiles(tmp_path):
+    "Every band, code and split of a generated tree, against a reading by hand."
+    root = ag_net(tmp_path / "data")
+    assert detect_edition(root) == "ag-net"
+    for tiles in open_splits("ag-net", root):
+        assert tiles.names == sorted(AG_NET_TILES[tiles.split]) and tiles.classes == ("background", *CROPS)
+        for tile in tiles:
+            reflectance, codes = ag_net_reflectance(tile.name) / 1e4, ag_net_codes(tile.name)
+            for channel, found, white in zip(reflectance, tile.image, (0.22, 0.18, 0.18, 0.55), strict=True):
+                np.testing.assert_allclose(found, 255 * np.clip(channel / white, 0, 1), atol=0.5 + 1e-9)
+            np.testing.assert_array_equal(tile.valid, (reflectance != -1e-4).all(0))
+            assert not tile.valid.all()
+            masks = unpack_labels(tile.labels, 9)
+            for mask, wanted in zip(masks[1:], CROPS.values(), strict=True):
+                np.testing.assert_array_equal(mask, np.isin(codes, wanted))
+            np.testing.assert_array_equal(masks.sum(0), 1)
+
+
+def test_ag_net_fields_are_blocks(tmp_path):
+    tiles = open_tiles("ag-net", ag_net(tmp_path / "data"), "train")
+    assert dict(zip(tiles.names, tiles.fields, strict=True)) == {"3_7": "0_1", "4_8": "1_2", "30_39": "7_9"}
+
+
+def spoil_ag_net(fault: str, root: Path) -> None:
+    "Damage the generated tile 3_44."
+    band, label = root / "input_32bit/lc8_2015245_3_44_5.tif", root / "target/cdl_2015245_3_44.tif"
+    if fault == "damaged label":
+        label.write_bytes(label.read_bytes()[:900])
+    elif fault == "8-bit band":
+        tifffile.imwrite(band, np.full((128, 128), 255, np.uint8))
+    elif fault == "another size":
+        tifffile.imwrite(band, np.zeros((64, 128), np.int32))
+    elif fault == "label of another size":
+        Image.new("L", (64, 64), 1).save(label, compression="tiff_lzw")
+    elif fault == "unknown codes":
+        Image.fromarray(np.resize(np.array([1, 5, 7, 255], np.uint8), (128, 128))).save(label, compression="tiff_lzw")
+    else:
+        {"missing band": band, "missing label": label}[fault].unlink()
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "message"),
+    [
+        ("damaged label", ("unreadable", "truncated"), "cdl_2015245_3_44.tif cannot be read"),
+        ("8-bit band", ("wrong mode",), "_3_44_5.tif is not int32: NIR is clipped in the 8-bit files, so unpack input_32bit, not input"),
+        ("another size", ("wrong size",), "_3_44_5.tif is 64×128 pixels, wanted 128×128"),
+        ("label of another size", ("wrong size",), "cdl_2015245_3_44.tif is 64×64 pixels, wanted 128×128"),
+        ("unknown codes", ("unknown code",), "cdl_2015245_3_44.tif has crop codes that cdlvalue.csv lacks (7, 255): unpack it again"),
+        ("missing band", ("missing",), "_3_44_5.tif is missing: unpack it again"),
+        ("missing label", ("missing",), "cdl_2015245_3_44.tif is missing: unpack it again"),
+    ],
+)
+def test_ag_net_faults(fault, kind, message, tmp_path):
+    "A fault of one file is one line, when the tile is read and in the check."
+    root = ag_net(tmp_path / "data")
+    spoil_ag_net(fault, root)
+    tiles = open_tiles("ag-net", root, "val")
+    with pytest.raises((BadFile, FileNotFoundError)) as refused:
+        tiles[tiles.names.index("3_44")]
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+    report = check_data(root, n_workers=1)
+    assert [f.message for f in report.faults] == [str(refused.value)] and report.faults[0].kind in kind and not report.is_trustworthy
+
+
+def test_ag_net_needs_the_folder_of_32_bits_and_every_band(tmp_path):
+    root = ag_net(tmp_path / "data")
+    for path in (root / "input_32bit").glob("*_5.tif"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="has no input_32bit/lc8_2015245_ROW_COL_5.tif of the split 'train'"):
+        open_tiles("ag-net", root, "train")
+    (root / "input_32bit").rename(root / "input")
+    with pytest.raises(FileNotFoundError, match="has input, clipped to 8 bits, but not input_32bit"):
+        check_data(root, n_workers=1)
+    (root / "input").rename(root / "input_rgb")
+    with pytest.raises(FileNotFoundError, match="lacks input_32bit of the layout 'ag-net'"):
+        open_tiles("ag-net", root, "train")
+
+
+@pytest.mark.skipif(not AG_NET.is_file(), reason="the sample of Ag-Net is not beside this checkout")
+def test_ag_net_sample(tmp_path):
+    root = unpack_archive(AG_NET, tmp_path / "sample")
+    report = check_data(root, n_workers=2)
+    assert report.edition == "ag-net" and report.is_trustworthy and not report.faults
+    assert [census.n_tiles for census in report.splits.values()] == [200, 60, 12]
+    assert all((census.pixels > 0).all() for census in report.splits.values())
+    n_saturated = 0
+    for tiles in open_splits("ag-net", root):
+        for name in tiles.names:
+            bands = np.stack([tifffile.imread(path) for role, path in tiles.files(name).items() if role != "crops"])
+            n_saturated += (bands > WHITE).any(0).sum()
+    assert 0 < n_saturated < 0.003 * sum(census.n_valid for census in report.splits.values())
 
 
 def hostile_archive(path: Path, name: str, link: str = "") -> Path:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from trees import FARM, farm_2020, farm_2021, farm_cvpr2020
+from trees import FARM, ag_net, farm_2020, farm_2021, farm_cvpr2020
 
 from agrivision_repro import pack
 from agrivision_repro.batches import make_batch, scoring_loader
@@ -38,7 +38,7 @@ def synthetic(folder: Path) -> Path:
 
 LAYOUTS = {
     "synthetic": synthetic, "agrivision-2020": farm_2020, "agrivision-2021": farm_2021, "agrivision-cvpr2020": farm_cvpr2020,
-    "classes:waterway,planter_skip": synthetic, "naip-trees": naip,
+    "classes:waterway,planter_skip": synthetic, "naip-trees": naip, "ag-net": ag_net,
 }  # fmt: skip
 
 

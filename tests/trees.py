@@ -4,7 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
-from agrivision_repro.data import field_of
+import numpy as np
+import tifffile
+from PIL import Image
+
+from agrivision_repro.data import CDL_CODES, AgNet, field_of
 from agrivision_repro.synthetic import Farmland, write_farmland
 
 FARM = Farmland(size=64, train_fields=3, val_fields=2, test_fields=1)
@@ -53,4 +57,31 @@ def farm_cvpr2020(folder: Path) -> Path:
     for year, fields in splits.items():
         (folder / f"data{year}_splits.json").write_text(json.dumps(fields))
     shutil.rmtree(old)
+    return folder
+
+
+AG_NET_TILES = {"train": ("3_7", "4_8", "30_39"), "val": ("3_44", "9_51"), "test": ("5_54",)}
+AG_NET_GAP = ("3_40", "3_43", "3_52")  # between the splits
+
+
+def ag_net_reflectance(name: str) -> np.ndarray:
+    "R, G, B, NIR of a generated tile, reflectance × 10,000, from below nodata to beyond the white points."
+    return np.random.default_rng(sum(map(ord, name))).integers(-20, 6500, (4, 128, 128), np.int32)
+
+
+def ag_net_codes(name: str) -> np.ndarray:
+    "Crop codes of a generated tile, every known code among them."
+    codes = np.resize(np.array(sorted(CDL_CODES), np.uint8), (128, 128))
+    return np.random.default_rng(sum(map(ord, name))).permuted(codes)
+
+
+def ag_net(folder: Path) -> Path:
+    "The layout of Ag-Net: 32-bit bands and LZW-compressed labels, with tiles of no split."
+    for name in sum(AG_NET_TILES.values(), AG_NET_GAP):
+        *bands, crops = (folder / pattern.format(name) for pattern in AgNet.files_of.values())
+        for path in (*bands, crops):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        for path, band in zip(bands, ag_net_reflectance(name), strict=True):
+            tifffile.imwrite(path, band)
+        Image.fromarray(ag_net_codes(name)).save(crops, compression="tiff_lzw")
     return folder
