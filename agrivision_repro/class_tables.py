@@ -65,7 +65,8 @@ def class_scores(
         place, run = row_of(own[0].run)[1], own[0].run
         for metric in METRICS:
             scores = [r.scores[r.run.channels][metric] for r in own]
-            columns = {c: [s["iou"][k] for s in scores] for k, c in enumerate(run.edition.classes)} | {"mean": [s["mean"] for s in scores]}
+            columns = {c: [s["per_class"][k] for s in scores] for k, c in enumerate(run.edition.classes)}
+            columns["mean"] = [s["mean"] for s in scores]
             for column, values in columns.items():
                 scored = 100 * np.array([np.nan if v is None else v for v in values])
                 known = metric == "multilabel" and place is not None and column in paper and run.edition.classes == CLASSES

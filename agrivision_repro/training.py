@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from .batches import INVERSE, Batch, Feed, SampleStream, scoring_loader, thin_out, training_loader, turn
 from .divergence import CURVE_COLORS
 from .losses import HybridLoss
-from .metrics import ChallengeIoU, CountingIoU, MultilabelIoU, background_only
+from .metrics import AveragePrecision, ChallengeIoU, ClassMetric, MultilabelIoU, background_only
 from .norms import recalibrate, sync_norms
 
 # %% auto #0
@@ -433,7 +434,12 @@ def hear_signals() -> Iterator[list[int]]:  # grows by each signal that came
             signal.signal(s, handler)
 
 # %% ../nbs/50_training.ipynb #cell-35
-METRICS: dict[str, type[CountingIoU]] = {"multilabel": MultilabelIoU, "challenge": ChallengeIoU}
+METRICS: dict[str, Callable[[int], ClassMetric]] = {
+    "multilabel": MultilabelIoU,
+    "challenge": ChallengeIoU,
+    "gated": partial(ChallengeIoU, reading="gated"),
+    "average_precision": AveragePrecision,
+}
 TTA = {"none": (0,), "d4": tuple(range(8))}  # elements of D4 whose logits are averaged
 
 
@@ -444,7 +450,7 @@ def score_tiles(
     engine: Engine,
     tta: str = "none",  # a key of `TTA`
 ) -> tuple[dict[str, dict], Tensor]:  # of `score`; intersection and union in pixels, multi-label, `(N, C, 2)` int64, on the CPU
-    "Score a model on whole tiles by both metrics, and give what each of the tiles adds."
+    "Score a model on whole tiles by all metrics, and return what each of the tiles adds."
     if tta not in TTA:
         raise ValueError(f"tta is {tta!r}: wanted one of {', '.join(TTA)}")
     metrics, floors = ({name: kind(feed.n_classes).to(engine.device) for name, kind in METRICS.items()} for _ in range(2))
@@ -466,15 +472,15 @@ def score(
     feed: Feed,
     engine: Engine,
     tta: str = "none",  # a key of `TTA`
-) -> dict[str, dict]:  # metric → `iou` a class (None: absent), `mean`, `floor`
-    "Score a model on whole tiles by both metrics."
+) -> dict[str, dict]:  # metric → `per_class` (None: absent), `mean`, `floor`
+    "Score a model on whole tiles by all metrics."
     return score_tiles(model, feed, engine, tta)[0]
 
 
-def summarise(metric: CountingIoU, floor: CountingIoU) -> dict:  # plain numbers, for a JSON file
-    "Give a metric's result as plain numbers."
-    iou = [None if value != value else value for value in metric.per_class().tolist()]
-    return {"iou": iou, "mean": float(metric.compute()), "floor": float(floor.compute())}
+def summarise(metric: ClassMetric, floor: ClassMetric) -> dict:  # plain numbers, for a JSON file
+    "Return a metric's result as plain numbers."
+    per_class = [None if value != value else value for value in metric.per_class().tolist()]
+    return {"per_class": per_class, "mean": float(metric.compute()), "floor": float(floor.compute())}
 
 # %% ../nbs/50_training.ipynb #cell-37
 SAVE_EVERY = 250  # iterations between states, of which the paper's model writes half a gigabyte

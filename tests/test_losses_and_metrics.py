@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import in_two_processes
+from torchmetrics.functional.classification import multilabel_average_precision
 
 from agrivision_repro.losses import HybridLoss, bce_loss, check_pixels, dice_loss, lovasz_loss, lovasz_weights
-from agrivision_repro.metrics import ChallengeIoU, MultilabelIoU
+from agrivision_repro.metrics import AveragePrecision, ChallengeIoU, MultilabelIoU, rank_code
 
 LOSSES = {
     "bce": bce_loss,
@@ -22,6 +23,8 @@ METRICS = {
     "multilabel": MultilabelIoU,
     "challenge": ChallengeIoU,
     "challenge, once": lambda n, **options: ChallengeIoU(n, false_positives="once", **options),
+    "gated": lambda n, **options: ChallengeIoU(n, reading="gated", **options),
+    "average_precision": AveragePrecision,
 }
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 every_metric = pytest.mark.parametrize("make", METRICS.values(), ids=METRICS)
@@ -126,17 +129,27 @@ def test_more_pixels_than_float32_counts():
     torch.testing.assert_close(weights[-1].item() * n, 1.0, rtol=1e-6, atol=0)  # the last label: 1/(P + k), all pixels counted
 
 
+def precision_by_hand(logits, labels) -> float:
+    "Average precision of one class, threshold by threshold."
+    steps = [(labels[logits >= t].sum() / labels.sum(), labels[logits >= t].mean()) for t in sorted(set(logits), reverse=True)]
+    return sum((recall - before) * precision for (recall, precision), (before, _) in zip(steps, [(0, 0), *steps], strict=False))
+
+
 def brute_force(make, logits, targets, valid) -> np.ndarray:
     "Count pixel by pixel, by the words of the definition."
-    n_classes = logits.shape[1]
+    n_classes, metric = logits.shape[1], make(3)
+    if isinstance(metric, AveragePrecision):
+        rounded = logits.bfloat16().double()
+        return np.array([precision_by_hand(rounded[:, c][valid].numpy(), targets[:, c][valid].numpy()) for c in range(n_classes)])
     hits, predicted, present = (np.zeros(n_classes, int) for _ in range(3))
     for b, i, j in valid.nonzero().tolist():
         labels = set(targets[b, :, i, j].nonzero()[:, 0].tolist())
         said = set((logits[b, :, i, j] > 0).nonzero()[:, 0].tolist())
-        if make is not MultilabelIoU:
-            chosen = int(logits[b, :, i, j].argmax())
+        if isinstance(metric, ChallengeIoU):
+            others = [c for c in said if c] if metric.reading == "gated" else range(n_classes)
+            chosen = max(others, key=lambda c: logits[b, c, i, j].item(), default=0)
             said = labels if chosen in labels else {chosen}
-        times = len(labels) if make is ChallengeIoU and not said & labels else 1
+        times = len(labels) if getattr(metric, "false_positives", "") == "per label" and not said & labels else 1
         for c in range(n_classes):
             hits[c] += c in said and c in labels
             predicted[c] += (c in said) * times
@@ -170,6 +183,50 @@ def test_absent_classes(make):
         metric.update(logits, targets, torch.ones(1, 2, 2, dtype=torch.bool))
         np.testing.assert_array_equal(metric.per_class(), [1, np.nan, np.nan])
         np.testing.assert_allclose(metric.compute(), mean)
+
+
+@pytest.mark.filterwarnings("ignore:No positive samples")
+def test_average_precision_of_torchmetrics_with_ties_and_masked_pixels():
+    logits, targets, valid = draw(0, 0.3)
+    logits = logits.round().float()
+    targets[:, 2] = False
+    assert logits.unique().numel() < 20
+    metric = AveragePrecision(3)
+    metric.update(logits, targets, valid)
+    flat = (x.movedim(1, -1)[valid] for x in (logits.sigmoid(), targets.long()))
+    exact = multilabel_average_precision(*flat, 3, average="none", thresholds=None).double()
+    torch.testing.assert_close(metric.per_class()[:2], exact[:2], rtol=1e-6, atol=0)
+    assert metric.per_class()[2].isnan()  # torchmetrics calls it 0
+
+
+@settings(max_examples=25, deadline=None)
+@seeds
+def test_average_precision_sees_order_only(seed, share):
+    logits, targets, valid = draw(seed, share)
+    ranks = logits.bfloat16().unique(return_inverse=True)[1]  # at most 210
+    scores = []
+    for values in (logits, ranks - 200.0, 2.0 ** (ranks / 4 - 30)):
+        metric = AveragePrecision(3)
+        metric.update(values, targets, valid)
+        scores.append(metric.per_class())
+    for other in scores[1:]:
+        torch.testing.assert_close(other, scores[0], rtol=1e-12, atol=0, equal_nan=True)
+
+
+def test_codes_keep_the_order_of_all_bfloat16():
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    values = bits[~bits.isnan()].float().sort().values
+    codes = rank_code(values)
+    assert (codes.diff().gt(0) == values.diff().ne(0)).all() and (codes.diff() >= 0).all()
+    assert 0 <= codes.min() and codes.max() < 2**16
+    assert rank_code(torch.tensor([-0.0])) == rank_code(torch.tensor([0.0]))
+
+
+def test_average_precision_of_a_constant_is_the_share_of_pixels():
+    _, targets, valid = draw(0, 0.3)
+    metric = AveragePrecision(3)
+    metric.update(torch.full(targets.shape, -1.0), targets, valid)
+    torch.testing.assert_close(metric.per_class(), targets.movedim(1, -1)[valid].double().mean(0))
 
 
 def score_part(rank: int, name: str, parts: list) -> tuple:
@@ -220,6 +277,11 @@ def test_bad_pixels(spoil, says):
 def test_bad_weights(weights, says):
     with pytest.raises(ValueError, match=says):
         HybridLoss(**weights)
+
+
+def test_bad_reading():
+    with pytest.raises(ValueError, match="reading is 'softmax': wanted one of argmax, gated"):
+        ChallengeIoU(3, reading="softmax")
 
 
 def test_bad_overlap_rule():

@@ -48,7 +48,7 @@ def trained(tmp_path_factory):
 def check_sums(counts: np.ndarray, scores: dict) -> None:
     hits, union = counts.sum(0).T
     iou = [h / u if u else None for h, u in zip(hits.tolist(), union.tolist(), strict=True)]
-    assert iou == scores["multilabel"]["iou"]
+    assert iou == scores["multilabel"]["per_class"]
 
 
 def test_a_run_keeps_what_its_scores_are_made_of(trained):

@@ -203,7 +203,7 @@ def test_turning_equals_that_of_batches():
 def test_predictions_score_what_scoring_scores(tta, result, workspace, predictor):
     "The multi-label IoU of the bits and of `training.score` are the same counts."
     feed = workspace.feed(result.run, "val")
-    expected = score(predictor.model, feed, predictor.engine, tta)["multilabel"]["iou"]
+    expected = score(predictor.model, feed, predictor.engine, tta)["multilabel"]["per_class"]
     turned = load_predictor(result, tta=tta, device="cpu", precision="float32")
     hits, union = np.zeros(7), np.zeros(7)
     for tile in feed.tiles:

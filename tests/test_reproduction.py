@@ -115,7 +115,7 @@ def test_tables_2_and_3(out, name):
             fields["channels"] = {"RGB and red again": "rgbr", "RGB alone": "rgb", "NIR alone": "nir3"}[light[1]]
         own = scores_of(out, **fields)[fields["channels"]][metric]
         found = cells["mean"].to_numpy()
-        wanted = [*own["iou"], own["mean"]]
+        wanted = [*own["per_class"], own["mean"]]
         np.testing.assert_allclose(found, [np.nan if v is None else 100 * v for v in wanted], atol=1e-9)
 
 
