@@ -478,17 +478,15 @@ def unpack(
 # %% ../nbs/72_cli.ipynb #cell-26
 @data_app.command()
 def fetch(
-    name: Annotated[str, typer.Argument(help="naip-trees: the one that is open to all.")],
-    folder: Annotated[Path, typer.Option("--out", "-o", help="A new folder; one that is whole already is kept.")] = Path("naip-trees"),
-    source: Annotated[str, typer.Option(help="A copy of your own: a folder, an archive, or the URL of one. None: GitHub.")] = "",
+    name: Annotated[str, typer.Argument(help="naip-trees or ag-net, the open data sets.")],
+    folder: Annotated[Path | None, typer.Option("--out", "-o", help="A new folder, or one that was fetched before. Default: NAME.")] = None,
+    source: Annotated[str, typer.Option(help="A copy of your own: a folder, an archive, or the URL of one. Default: GitHub.")] = "",
     workers: Workers = 0,
 ):
-    "Download an open data set, prove every file of it by its git commit, and check it."
-    if name != "naip-trees":
-        raise ValueError(f"{name!r} cannot be fetched: wanted naip-trees; Agriculture-Vision comes from its makers, on request")
-    from agrivision_repro.fetch import fetch_naip_trees
+    "Download an open data set, verify every byte by the id of its git tree, and check it."
+    from agrivision_repro.fetch import fetch_data
 
-    report = fetch_naip_trees(folder, source, n_workers=workers, shows_progress=True)
+    report = fetch_data(name, folder or name, source, workers, shows_progress=True)
     raise typer.Exit(0 if report.is_trustworthy else 1)
 
 # %% ../nbs/72_cli.ipynb #cell-30

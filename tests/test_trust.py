@@ -56,11 +56,11 @@ def test_nothing_that_is_read_can_run(path):
 def test_every_url_that_is_fetched_is_told():
     "The hosts of the code's URLs that data or weights come from stand in LICENCES.md or SECURITY.md."
     from agrivision_repro.backbones import IMAGENET_URLS
-    from agrivision_repro.fetch import REPOSITORY
+    from agrivision_repro.fetch import SOURCES
 
     told = (ROOT / "LICENCES.md").read_text() + (ROOT / "SECURITY.md").read_text()
     for url in IMAGENET_URLS.values():
         assert url.split("/")[2] in told and re.search(r"-[0-9a-f]{8}\.pth$", url)
-    assert REPOSITORY.startswith("https://github.com/") and "GitHub" in told
+    assert all(source.repository.startswith("https://github.com/") for source in SOURCES.values()) and "GitHub" in told
     for name in re.findall(r"`backbones\.(\w+)`", told):
         assert name in (ROOT / "agrivision_repro/backbones.py").read_text()
