@@ -15,7 +15,7 @@ import time
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -26,14 +26,17 @@ from threading import Thread
 
 import numpy as np
 import pandas as pd
+from numpy.lib.stride_tricks import sliding_window_view
+from PIL import Image
 from tqdm import tqdm
 
-from .data import BadFile, Tile, Tiles, detect_edition, field_of, find_edition, open_splits, unpack_labels
+from .data import BadFile, Tile, Tiles, detect_edition, find_edition, open_splits, places_in_both, unpack_labels
 
 # %% auto #0
-__all__ = ['FAULTS', 'HARMLESS', 'TILE_NAME', 'Fault', 'Census', 'mean_and_std', 'count_tile', 'TileReport', 'read_parts',
-           'check_tile', 'worker_pool', 'exit_with_parent', 'SplitReport', 'check_split', 'find_strays', 'find_repeats',
-           'find_shared_fields', 'CheckReport', 'check_data', 'list_members', 'unpack_archive', 'nearest_folder']
+__all__ = ['FAULTS', 'HARMLESS', 'CELLS', 'AROUND', 'ALIKE', 'TILE_NAME', 'Fault', 'Census', 'mean_and_std', 'count_tile',
+           'thumbnail', 'TileReport', 'read_parts', 'check_tile', 'worker_pool', 'exit_with_parent', 'SplitReport',
+           'check_split', 'find_strays', 'find_repeats', 'find_shared_fields', 'alike_pairs', 'find_alike',
+           'CheckReport', 'check_data', 'list_members', 'unpack_archive', 'nearest_folder']
 
 # %% ../nbs/11_check.ipynb #cell-05
 FAULTS = {
@@ -49,9 +52,11 @@ FAULTS = {
     "duplicate": "the same image under two names",
     "name in two splits": "one name in two splits",
     "field in two splits": "tiles of one field in two splits: a model is tested on what it has seen",
+    "place in two splits": "the published splits show one place at different times: validation leaves such tiles out",
+    "same place?": "tiles of two splits that look alike: a hint",
     "no valid pixel": "nothing to train on or score",
 }
-HARMLESS = ("no valid pixel",)
+HARMLESS = ("place in two splits", "same place?", "no valid pixel")
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,25 @@ def count_tile(
         int((masks[1:].sum(0) > 1).sum()), pixels, (pixels > 0).astype(np.int64), histogram @ values, histogram @ values**2,
     )  # fmt: skip
 
+# %% ../nbs/11_check.ipynb #place-1
+CELLS, AROUND = 16, 5  # of a thumbnail, and of the neighborhood that is subtracted, a side
+ALIKE = 0.5  # correlation of details from which two tiles may show one place
+
+
+def thumbnail(
+    tile: Tile,
+) -> np.ndarray:  # `(256,)` float32 of mean 0 and length 1; all 0 where there are no details
+    "Compute the details of a tile: 16×16 cells of gray minus the cells around."
+    gray = tile.image[:3].mean(0, dtype=np.float32)
+    gray[~tile.valid] = gray[tile.valid].mean() if tile.valid.any() else 0
+    cells = np.asarray(Image.fromarray(gray).resize((CELLS, CELLS), Image.Resampling.BOX))
+    around = sliding_window_view(np.pad(cells, AROUND // 2, "reflect"), (AROUND, AROUND)).mean((2, 3))
+    details = (cells - around).reshape(-1)
+    details = np.clip(details, -2 * details.std(), 2 * details.std())
+    details -= details.mean()
+    length = np.linalg.norm(details)
+    return details / length if length > 1e-3 else 0 * details
+
 # %% ../nbs/11_check.ipynb #cell-10
 TILE_NAME = re.compile(r"[^_]+_\d+-\d+-\d+-\d+")
 
@@ -134,6 +158,7 @@ class TileReport:
     faults: tuple[Fault, ...]
     census: Census | None  # None where a fault keeps the tile from being read
     digest: str  # of its first file: equal for equal images
+    details: np.ndarray | None = None  # of `thumbnail`; None like `census`
 
 
 def read_parts(tiles: Tiles, name: str) -> tuple[dict[str, np.ndarray], list[Fault]]:
@@ -161,14 +186,16 @@ def check_tile(tiles: Tiles, name: str) -> TileReport:
         faults.append(Fault("bad name", name, f"{name} is not FIELD_x1-y1-x2-y2: its field is unknown, so rename or remove it"))
     files = tiles.files(name)
     is_whole = parts.keys() == files.keys()
-    census = count_tile(tiles.assemble(name, parts), tiles.classes, tiles.is_labelled) if is_whole else None
-    if census is not None:
+    census = details = None
+    if is_whole:
+        tile = tiles.assemble(name, parts)
+        census, details = count_tile(tile, tiles.classes, tiles.is_labelled), thumbnail(tile)
         census.fields = {tiles.field(name)}
     if census is not None and not census.n_valid:
         faults.append(Fault("no valid pixel", name, f"{name} has no valid pixel: it teaches nothing and is not scored"))
     first = next(iter(files.values()))
     digest = hashlib.blake2b(first.read_bytes()).hexdigest() if first.is_file() else ""
-    return TileReport(name, tuple(faults), census, digest)
+    return TileReport(name, tuple(faults), census, digest, details)
 
 # %% ../nbs/11_check.ipynb #cell-12
 def worker_pool(
@@ -198,6 +225,7 @@ class SplitReport:
     census: Census
     faults: list[Fault] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)  # tile → digest of its first file
+    details: dict[str, np.ndarray] = field(default_factory=dict)  # tile → details of `thumbnail`, of the tiles that can be read
 
 
 def check_split(
@@ -215,6 +243,7 @@ def check_split(
             report.digests[tile_report.name] = tile_report.digest
             if tile_report.census is not None:
                 report.census.add(tile_report.census)
+                report.details[tile_report.name] = tile_report.details
     report.faults += find_strays(tiles)
     return report
 
@@ -244,15 +273,46 @@ def find_repeats(digests: dict[str, dict[str, str]]) -> list[Fault]:
     return faults
 
 
-def find_shared_fields(names: dict[str, Iterable[str]]) -> list[Fault]:
-    "Find fields with tiles in two splits; `names` of tiles by split."
-    fields = {split: {field_of(name) for name in found} for split, found in names.items()}
-    message = "field {} has tiles in {} and in {}: a score on one is not independent of the other"
+def find_shared_fields(splits: Sequence[Tiles]) -> list[Fault]:
+    "Find places with tiles in two splits."
+    kind, message = "field in two splits", "field {} has tiles in {} and in {}: a score on one is not independent of the other"
+    if splits[0].shares_places:
+        kind = "place in two splits"
+        message = "place {0} has tiles in {1} and in {2}, of different times: leave them out of {2} for a score that is independent of {1}"
     return [
-        Fault("field in two splits", shared, message.format(shared, one, two))
-        for one, two in combinations(fields, 2)
-        for shared in sorted(fields[one] & fields[two])
+        Fault(kind, place, message.format(place, one.split, two.split))
+        for one, two in combinations(splits, 2)
+        for place in sorted(places_in_both(one, two))
     ]
+
+# %% ../nbs/11_check.ipynb #place-3
+def alike_pairs(
+    one: np.ndarray,  # details, a row per tile, `(N, 256)`
+    two: np.ndarray,  # `(M, 256)`
+    n_rows: int = 512,  # compared at a time, so that memory does not grow with N × M
+) -> Iterator[tuple[int, int, float]]:  # row in one, row in two, correlation
+    "Yield the pairs whose details correlate above `ALIKE`."
+    for start in range(0, len(one), n_rows):
+        likeness = one[start : start + n_rows] @ two.T
+        for i, j in np.argwhere(likeness > ALIKE):
+            yield start + int(i), int(j), float(likeness[i, j])
+
+
+def find_alike(
+    splits: Sequence[Tiles],
+    details: dict[str, dict[str, np.ndarray]],  # by split and tile
+) -> list[Fault]:
+    "Find tiles of two splits that look like one place although their names say otherwise."
+    faults = []
+    hint = "look at both; this finds 95 % of NAIP's repeated places and not all elsewhere"
+    for one, two in combinations([tiles for tiles in splits if details[tiles.split]], 2):
+        names, rows = zip(*((list(d), np.stack(list(d.values()))) for d in (details[one.split], details[two.split])), strict=True)
+        for i, j, likeness in alike_pairs(*rows):
+            here, there = names[0][i], names[1][j]
+            if one.field(here) != two.field(there):
+                message = f"{one.split}/{here} and {two.split}/{there} may show one place (details correlate by {likeness:.2f}): {hint}"
+                faults.append(Fault("same place?", f"{two.split}/{there}", message))
+    return faults
 
 # %% ../nbs/11_check.ipynb #cell-19
 @dataclass(frozen=True)
@@ -293,7 +353,8 @@ class CheckReport:
             lines += labelled if census.is_labelled else ["without labels"]
         lines += [""] + [f"{fault.kind}: {fault.message}" for fault in self.faults]
         verdict = "the tables can rest on it" if self.is_trustworthy else "the tables could NOT be trusted"
-        return "\n".join([*lines, f"{len(self.faults)} faults: {verdict}"])
+        n_harmless = sum(fault.kind in HARMLESS for fault in self.faults)
+        return "\n".join([*lines, f"{len(self.faults)} faults{f', {n_harmless} harmless' if n_harmless else ''}: {verdict}"])
 
 # %% ../nbs/11_check.ipynb #cell-20
 def check_data(
@@ -308,7 +369,7 @@ def check_data(
     reports = {tiles.split: check_split(tiles, n_workers or os.cpu_count() or 1, shows_progress) for tiles in splits}
     digests = {split: report.digests for split, report in reports.items()}
     faults = [fault for report in reports.values() for fault in report.faults] + find_repeats(digests)
-    faults += find_shared_fields(digests) if splits[0].is_by_field else []
+    faults += find_shared_fields(splits) + find_alike(splits, {split: report.details for split, report in reports.items()})
     return CheckReport(data, str(root), {split: report.census for split, report in reports.items()}, tuple(faults))
 
 # %% ../nbs/11_check.ipynb #cell-25

@@ -27,10 +27,10 @@ from .pictures import CLASS_COLORS, add_class_legend, draw_panel, paint_classes
 # %% auto #0
 __all__ = ['BANDS', 'LZW', 'SMALL', 'AGRIVISION_2020', 'AGRIVISION_2021', 'TREE_RADIUS', 'FARTHEST', 'CROPS', 'RUNS_OF_CODES',
            'CDL_CODES', 'CROP_BITS', 'WHITE', 'NODATA', 'AGRIVISION_CREDIT', 'EDITIONS', 'Tile', 'pack_labels',
-           'unpack_labels', 'BadFile', 'decode_small', 'decode', 'read_image', 'Tiles', 'need_folders', 'field_of',
-           'AgricultureVision', 'AgricultureVisionYears', 'draw_disks', 'UrbanTrees', 'to_bytes', 'AgNet', 'Edition',
-           'find_edition', 'home_of', 'detect_edition', 'open_tiles', 'open_splits', 'fingerprint', 'paint_labels',
-           'as_panels', 'draw_labels', 'contact_sheet']
+           'unpack_labels', 'BadFile', 'decode_small', 'decode', 'read_image', 'Tiles', 'places_in_both',
+           'need_folders', 'field_of', 'AgricultureVision', 'AgricultureVisionYears', 'draw_disks', 'UrbanTrees',
+           'to_bytes', 'AgNet', 'Edition', 'find_edition', 'home_of', 'detect_edition', 'open_tiles', 'open_splits',
+           'fingerprint', 'paint_labels', 'as_panels', 'draw_labels', 'contact_sheet']
 
 # %% ../nbs/10_data.ipynb #cell-05
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ def read_image(
 class Tiles(Sequence):
     "The tiles of one split, read from disk when asked for; a subclass knows one layout."
 
-    is_by_field = False  # True where a tile's name says from which field it was cut
+    is_by_field = False  # True where a tile's name is FIELD_x1-y1-x2-y2
+    shares_places = False  # True where the published splits show the same places at different times
     is_labelled = True
     binary_roles: tuple[str, ...] = ()  # files that must hold 0 and 255 only
 
@@ -159,7 +160,8 @@ class Tiles(Sequence):
         "List the place that each tile was cut from, in the order of `names`."
         return [self.field(name) for name in self.names]
 
-    def field(self, name: str) -> str:
+    @classmethod
+    def field(cls, name: str) -> str:
         "Return the place that a tile was cut from: the tile itself unless the layout says more."
         return name
 
@@ -210,6 +212,14 @@ class Tiles(Sequence):
     def __getitem__(self, i: int) -> Tile:
         return self.read(self.names[i])
 
+# %% ../nbs/10_data.ipynb #places-0
+def places_in_both(
+    one: Tiles,  # a split, packed or not
+    other: Tiles,
+) -> set[str]:
+    "Return the places that tiles of both splits were cut from."
+    return set(one.fields) & set(other.fields)
+
 # %% ../nbs/10_data.ipynb #cell-15
 AGRIVISION_2020 = ("cloud_shadow", "double_plant", "planter_skip", "standing_water", "waterway", "weed_cluster")
 AGRIVISION_2021 = (
@@ -248,7 +258,8 @@ class AgricultureVision(Tiles):
     def has_split(cls, root: Path, split: str) -> bool:
         return (root / split).is_dir()
 
-    def field(self, name: str) -> str:
+    @classmethod
+    def field(cls, name: str) -> str:
         return field_of(name)
 
     def find_names(self) -> list[str]:
@@ -350,6 +361,13 @@ def draw_disks(
 class UrbanTrees(Tiles):
     "A split of the Urban Tree Detection Data, in its own layout: `images/*.tif`, `csv/*.csv`, `{train,val,test}.txt`."
 
+    shares_places = True
+
+    @classmethod
+    def field(cls, name: str) -> str:
+        found = re.fullmatch(r"(.+)_\d{4}_(\d+)", name)  # CITY_YEAR_INDEX
+        return f"{found[1]}_{found[2]}" if found else name
+
     @classmethod
     def has_split(cls, root: Path, split: str) -> bool:
         return (root / f"{split}.txt").is_file()
@@ -442,9 +460,10 @@ class AgNet(Tiles):
             raise FileNotFoundError(f"{self.root} has no {', no '.join(lacking)} of the split {self.split!r}: unpack the data set again")
         return sorted(set().union(*found.values()))  # a tile that lacks a file is named when it is read
 
-    def field(self, name: str) -> str:
+    @classmethod
+    def field(cls, name: str) -> str:
         row, column = map(int, name.split("_"))
-        return f"{row // self.block}_{column // self.block}"
+        return f"{row // cls.block}_{column // cls.block}"
 
     def files(self, name: str) -> dict[str, Path]:
         return {role: self.root / pattern.format(name) for role, pattern in self.files_of.items()}

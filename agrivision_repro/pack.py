@@ -268,7 +268,8 @@ def read_journal(tiles: Tiles, folder: Path) -> dict[str, dict]:  # name → ent
         try:
             entry = json.loads(line)
             i, sizes = place[entry["name"]], {role: size for role, (size, _) in entry["files"].items()}
-            is_done = checksum(images[i], labels[i]) == entry["crc"] and sizes == tiles.file_sizes(entry["name"])
+            is_same = sizes == tiles.file_sizes(entry["name"]) and entry["field"] == tiles.fields[i]
+            is_done = is_same and checksum(images[i], labels[i]) == entry["crc"]
         except (ValueError, KeyError, TypeError, AttributeError):  # the line at which it was killed
             continue
         if is_done:
@@ -320,7 +321,7 @@ def is_sound(folder: Path, tiles: Tiles) -> bool:
     "Say whether a pack holds these tiles, of files of these sizes, every byte as it was written."
     try:
         packed = PackedTiles(folder)
-        is_same = packed.names == tiles.names and packed.classes == tiles.classes
+        is_same = packed.names == tiles.names and packed.classes == tiles.classes and packed.fields == tiles.fields
         return is_same and all(packed[i] and packed.file_sizes(n) == tiles.file_sizes(n) for i, n in enumerate(tiles.names))
     except ValueError:
         return False
@@ -354,9 +355,11 @@ def open_split(
     folder = pack_folder(edition, root) / split
     if not folder.is_dir():
         return open_tiles(edition, root, split)
-    packed = PackedTiles(folder)
-    if packed.classes != find_edition(edition).classes:
+    packed, found = PackedTiles(folder), find_edition(edition)
+    if packed.classes != found.classes:
         raise ValueError(f"{folder} holds {', '.join(packed.classes)}, not the classes of {edition}: remove it or pack again")
+    if packed.fields != [found.reader.field(name) for name in packed.names]:
+        raise ValueError(f"{folder} records other places than {edition} has now: {REPAIR}")
     return packed
 
 

@@ -11,9 +11,20 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
-from trees import AG_NET_TILES, CLASSES_2021, FARM, ag_net, ag_net_codes, ag_net_reflectance, farm_2020, farm_2021, farm_cvpr2020
+from trees import (
+    AG_NET_TILES,
+    CLASSES_2021,
+    FARM,
+    ag_net,
+    ag_net_codes,
+    ag_net_reflectance,
+    farm_2020,
+    farm_2021,
+    farm_cvpr2020,
+    naip_chips,
+)
 
-from agrivision_repro.check import check_data, unpack_archive
+from agrivision_repro.check import ALIKE, alike_pairs, check_data, thumbnail, unpack_archive
 from agrivision_repro.cli import main
 from agrivision_repro.data import (
     AGRIVISION_2020,
@@ -25,12 +36,14 @@ from agrivision_repro.data import (
     field_of,
     open_splits,
     open_tiles,
+    places_in_both,
     unpack_labels,
 )
 from agrivision_repro.synthetic import write_farmland
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # beside a developer's checkout only
 NAIP = SHARED / "naip-trees"  # 120 chips
+NAIP_SHARED = ("claremont_10", "riverside_12", "riverside_14", "long_beach_98")  # places in two splits
 AG_NET = SHARED / "ag-net" / "ag-net.tar.xz"  # 272 tiles
 
 
@@ -196,7 +209,8 @@ def test_a_tile_without_valid_pixel_is_no_reason_for_distrust(farm, tmp_path):
 def test_naip_chips():
     assert detect_edition(NAIP) == "naip-trees"
     report = check_data(NAIP, n_workers=2)
-    assert report.is_trustworthy and not report.faults
+    assert report.is_trustworthy
+    assert [(fault.kind, fault.where) for fault in report.faults] == [("place in two splits", place) for place in NAIP_SHARED]
     assert sum(census.n_tiles for census in report.splits.values()) == 120
     assert {size for census in report.splits.values() for size in census.sizes} == {(256, 256)}
 
@@ -292,6 +306,64 @@ def test_ag_net_sample(tmp_path):
             bands = np.stack([tifffile.imread(path) for role, path in tiles.files(name).items() if role != "crops"])
             n_saturated += (bands > WHITE).any(0).sum()
     assert 0 < n_saturated < 0.003 * sum(census.n_valid for census in report.splits.values())
+
+
+CHIPS = {
+    "train": ("elm_town_2018_1", "elm_town_2020_1", "elm_town_2018_2"), "val": ("elm_town_2016_1", "oak_2018_2"), "test": ("oak_2020_2",),
+}  # fmt: skip
+
+
+def test_places_of_chips_are_shared_across_years(tmp_path):
+    root = naip_chips(tmp_path / "chips", CHIPS)
+    train, val, test = open_splits("naip-trees", root)
+    assert train.fields == ["elm_town_1", "elm_town_2", "elm_town_1"]  # in the order of the names
+    assert places_in_both(train, val) == {"elm_town_1"} and places_in_both(val, test) == {"oak_2"} and not places_in_both(train, test)
+    report = check_data(root, n_workers=1)
+    assert [(f.kind, f.where) for f in report.faults] == [("place in two splits", "elm_town_1"), ("place in two splits", "oak_2")]
+    assert "elm_town_1 has tiles in train and in val" in report.faults[0].message
+    assert "leave them out of val for a score that is independent of train" in report.faults[0].message and report.is_trustworthy
+    assert {split: census.fields for split, census in report.splits.items()}["train"] == {"elm_town_1", "elm_town_2"}
+
+
+def test_a_place_under_two_names_is_hinted_at(tmp_path):
+    "What the names hide the images show: a hint for each pair, which leaves the data trustworthy."
+    root = naip_chips(tmp_path / "chips", CHIPS)
+    for listing, old in (("val.txt", "elm_town_2016_1"), ("test.txt", "oak_2020_2")):
+        (root / f"images/{old}.tif").rename(root / f"images/elsewhere_{old}.tif")
+        (root / listing).write_text((root / listing).read_text().replace(old, f"elsewhere_{old}"))
+    report = check_data(root, n_workers=1)
+    assert {fault.kind for fault in report.faults} == {"same place?"} and report.is_trustworthy
+    pairs = [(f"train/elm_town_{year}_1", "val/elsewhere_elm_town_2016_1") for year in (2018, 2020)]
+    pairs += [("val/oak_2018_2", "test/elsewhere_oak_2020_2")]
+    assert len(report.faults) == len(pairs)
+    for fault, (here, there) in zip(report.faults, pairs, strict=True):
+        assert fault.where == there and f"{here} and {there} may show one place" in fault.message
+
+
+def test_alike_pairs_equal_all_pairs():
+    "A few rows at a time, every pair above the threshold and no other, with its correlation."
+    draw = np.random.default_rng(0)
+    one = draw.normal(size=(30, 256)).astype(np.float32)
+    two = one[draw.permutation(30)][:20] + draw.normal(size=(20, 256)).astype(np.float32) * draw.uniform(0.2, 2, (20, 1)).astype(np.float32)
+    one, two = (d - d.mean(1, keepdims=True) for d in (one, two))
+    one, two = (d / np.linalg.norm(d, axis=1, keepdims=True) for d in (one, two))
+    found = {(i, j): likeness for i, j, likeness in alike_pairs(one, two, n_rows=7)}
+    wanted = {(i, j): np.corrcoef(one[i], two[j])[0, 1] for i in range(30) for j in range(20)}
+    assert found == pytest.approx({pair: likeness for pair, likeness in wanted.items() if likeness > ALIKE}, abs=1e-5)
+    assert 3 < len(found) < 20
+
+
+def test_thumbnails_ignore_what_is_invalid(farm):
+    "Pixels outside a field change nothing; a tile without details is like no other."
+    tile = open_tiles("synthetic", farm, "train")[0]
+    tile.valid[:20] = False
+    before = thumbnail(tile)
+    tile.image[:, :20] = 255
+    np.testing.assert_array_equal(thumbnail(tile), before)
+    tile.image[:] = 7
+    assert not thumbnail(tile).any()
+    tile.valid[:] = False
+    assert not thumbnail(tile).any()
 
 
 def hostile_archive(path: Path, name: str, link: str = "") -> Path:

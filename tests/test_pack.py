@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from trees import FARM, ag_net, farm_2020, farm_2021, farm_cvpr2020
+from trees import FARM, ag_net, farm_2020, farm_2021, farm_cvpr2020, naip_chips
 
 from agrivision_repro import pack
 from agrivision_repro.batches import make_batch, scoring_loader
-from agrivision_repro.data import fingerprint, open_splits, open_tiles, unpack_labels
+from agrivision_repro.data import UrbanTrees, fingerprint, open_splits, open_tiles, places_in_both, unpack_labels
 from agrivision_repro.pack import PackedTiles, open_split, pack_folder, pack_split
 from agrivision_repro.synthetic import Farmland, write_farmland
 
@@ -142,6 +142,29 @@ def test_changed_files_are_packed_again(tmp_path):
     before = pack_split(tiles, root / "packed", n_workers=1).fingerprint
     Image.effect_noise((64, 64), 60).save(tiles.files(tiles.names[0])["nir"], quality=95)
     assert pack_split(tiles, root / "packed", n_workers=1).fingerprint != before
+
+
+def test_a_pack_of_other_places(tmp_path, monkeypatch):
+    "A pack made when the places of tiles were told otherwise is refused, and made again, also where it was not finished."
+    root = naip_chips(tmp_path / "chips", {"train": ("elm_2018_1", "elm_2020_1"), "val": ("elm_2018_2",)})
+    with monkeypatch.context() as patch:
+        patch.setattr(UrbanTrees, "field", classmethod(lambda cls, name: name))
+        old = open_tiles("naip-trees", root, "train")
+        pack_split(old, root / "packed", n_workers=1)
+        partly = root / "packed/.val.part"
+        pack.start_pack(open_tiles("naip-trees", root, "val"), partly)
+        (partly / "journal.jsonl").write_text(json.dumps(pack.pack_tile(open_tiles("naip-trees", root, "val"), partly, 0)))
+    with pytest.raises(ValueError, match="records other places than naip-trees has now: make the pack again with agrivision data pack"):
+        open_split("naip-trees", root, "train")
+    for split, places in (("train", ["elm_1", "elm_1"]), ("val", ["elm_2"])):
+        pack_split(open_tiles("naip-trees", root, split), root / "packed", n_workers=1)
+        assert open_split("naip-trees", root, split).fields == places
+
+
+def test_places_in_both_of_packs(tmp_path):
+    root = naip_chips(tmp_path / "chips", {"train": ("elm_2018_1", "oak_2020_1"), "val": ("elm_2020_1", "elm_2018_2")})
+    packed = [pack_split(open_tiles("naip-trees", root, split), root / "packed", n_workers=1) for split in ("train", "val")]
+    assert places_in_both(*packed) == {"elm_1"}
 
 
 def test_files_that_changed_after_the_kill(tmp_path):

@@ -85,3 +85,24 @@ def ag_net(folder: Path) -> Path:
             tifffile.imwrite(path, band)
         Image.fromarray(ag_net_codes(name)).save(crops, compression="tiff_lzw")
     return folder
+
+
+def naip_chips(folder: Path, chips: dict[str, tuple[str, ...]], size: int = 64) -> Path:
+    "The layout of NAIP with trees: blobs that depend on the place alone, light and grain on the year."
+    for split, names in chips.items():
+        for name in names:
+            path = folder / f"images/{name}.tif"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tifffile.imwrite(path, naip_pixels(name, size), photometric="rgb", extrasamples=["unspecified"])
+        (folder / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
+    (folder / "csv").mkdir()
+    return folder
+
+
+def naip_pixels(name: str, size: int) -> np.ndarray:
+    "R, G, B, NIR of a generated chip."
+    city, year, index = name.rsplit("_", 2)
+    blobs = np.random.default_rng([*map(ord, city), int(index)]).integers(0, 120, (16, 16))
+    grain = np.random.default_rng(int(year)).normal(0, 20, (size, size, 4))
+    gray = np.kron(blobs, np.ones((size // 16, size // 16)))[..., None]
+    return np.clip(gray * 0.8 + int(year) % 100 + grain, 0, 255).astype(np.uint8)
