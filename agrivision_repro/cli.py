@@ -341,7 +341,7 @@ def train(
         leave_processes()
     if os.environ.get("RANK", "0") == "0":
         means = {c: ", ".join(f"{m} {100 * s['mean']:.1f} %" for m, s in by.items()) for c, by in result.scores.items()}
-        print(f"{result.folder}: {run.title}", *(f"  tested on {c}: mIoU {shown}" for c, shown in means.items()), sep="\n")
+        print(f"{result.folder}: {run.title}", *(f"  tested on {c}, mean over classes: {shown}" for c, shown in means.items()), sep="\n")
 
 
 def leave_processes() -> None:

@@ -58,7 +58,7 @@ def banner(results: Sequence[Result]) -> Markdown:
 # %% ../nbs/70_report.ipynb #cell-09
 def modality_scores(
     results: Sequence[Result],  # of `tables.table1`
-) -> pd.DataFrame:  # mIoU in %; columns metric, trained_on, tested_on, mean, sd, n, floor, paper
+) -> pd.DataFrame:  # means over classes in %; columns metric, trained_on, tested_on, mean, sd, n, floor, paper
     "Average Table 1's scores over seeds."
     rows = []
     for metric in METRICS:
@@ -85,7 +85,9 @@ def show_score(mean: float, sd: float = float("nan")) -> str:
 
 # %% ../nbs/70_report.ipynb #cell-11
 MODALITY = {"rgb": "RGB", "nir3": "NIR"}
-METRIC = {"multilabel": "multi-label", "challenge": "challenge"}
+METRIC = {
+    "multilabel": "multi-label", "challenge": "challenge", "gated": "challenge, gated", "average_precision": "average precision",
+}  # fmt: skip
 
 
 def modality_table(
@@ -96,8 +98,8 @@ def modality_table(
     for trained, name in MODALITY.items():
         own = scores[scores.trained_on == trained].set_index(["metric", "tested_on"])
         here, papers = {}, {}
-        for metric, title in METRIC.items():
-            cells = own.loc[metric]
+        for metric in scores.metric.unique():
+            title, cells = METRIC[metric], own.loc[metric]
             other = next(m for m in MODALITY if m != trained)
             for tested in MODALITY:
                 here[title, f"Test on {MODALITY[tested]}"] = show_score(cells.loc[tested, "mean"], cells.loc[tested, "sd"])

@@ -456,12 +456,13 @@ def score_tiles(
     metrics, floors = ({name: kind(feed.n_classes).to(engine.device) for name, kind in METRICS.items()} for _ in range(2))
     tiles = torch.zeros(len(feed.tiles), feed.n_classes, 2, dtype=torch.int64, device=engine.device)
     share = {"rank": engine.accelerator.process_index, "n_processes": engine.accelerator.num_processes}
-    model.eval()
+    model.eval().to(memory_format=torch.channels_last)  # as in training: other layouts change the logits' last bits, and so the ranking
     for batch in scoring_loader(feed.tiles, prepare=feed.prepare(engine.device), **share):
         logits = sum(turn(engine.predict(model, turn(batch.x, e)).float(), INVERSE[e]) for e in TTA[tta]) / len(TTA[tta])
+        constant = background_only(batch.targets)
         for name in METRICS:
             metrics[name].update(logits, batch.targets, batch.valid)
-            floors[name].update(background_only(batch.targets), batch.targets, batch.valid)
+            floors[name].update(constant, batch.targets, batch.valid)
         tiles[batch.index] = metrics["multilabel"].latest
     scores = {name: summarise(metrics[name], floors[name]) for name in METRICS}
     return scores, engine.accelerator.reduce(tiles, "sum").cpu()  # a process leaves 0 where the tiles are another's
