@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib import pyplot as plt
@@ -19,12 +20,14 @@ from torch import Tensor, distributed, nn
 from torch.nn.functional import interpolate
 
 # %% auto #0
-__all__ = ['CPU_CHUNK', 'GPU_CHUNK', 'Layers', 'CURVE_COLORS', 'symmetric_kl', 'batch_mean', 'group_size', 'Moments', 'merge',
-           'extend', 'chunks', 'first_pixel', 'sample_moments', 'PixelStream', 'MeanStream', 'open_stream',
-           'find_relu_layers', 'resolve_layers', 'EnoughError', 'LayerReader', 'fit_valid', 'split_batch', 'Measured',
-           'measure', 'check_evaluates', 'over_processes', 'average_alive', 'check_pair', 'resampled_moments',
-           'draw_weights', 'compare_resampled', 'bootstrap', 'split_floor', 'compare', 'add_trust', 'divergence',
-           'stage_of', 'mark_stages', 'draw_curve', 'draw_divergence']
+__all__ = ['CPU_CHUNK', 'GPU_CHUNK', 'Layers', 'SHRINKAGE', 'TRUST', 'CURVE_COLORS', 'symmetric_kl', 'batch_mean', 'group_size',
+           'Moments', 'merge', 'extend', 'chunks', 'first_pixel', 'sample_moments', 'PixelStream', 'MeanStream',
+           'open_stream', 'find_relu_layers', 'resolve_layers', 'EnoughError', 'LayerReader', 'fit_valid',
+           'split_batch', 'Measured', 'measure', 'check_evaluates', 'over_processes', 'divergence_of_alive',
+           'average_alive', 'check_pair', 'Places', 'find_places', 'resampled_moments', 'draw_weights', 'draw_places',
+           'bootstrap', 'sum_places', 'draw_moves', 'moments_of_sums', 'permuted_divergence', 'null_and_p',
+           'linear_scores', 'deal_folds', 'domain_error', 'compare', 'tabulate', 'add_trust', 'divergence', 'stage_of',
+           'mark_stages', 'draw_curve', 'draw_divergence']
 
 # %% ../nbs/40_divergence.ipynb #cell-05
 def symmetric_kl(
@@ -339,7 +342,7 @@ def measure(
     batches: Iterable,  # of x `(B, C, H, W)`, or (x, valid) with valid bool `(B, H, W)`; moved to the model's device
     layers: Layers | None = None,  # see `resolve_layers`
     estimators: Sequence[str] = ("sample",),
-    keep_samples: bool = False,  # for bootstrap and floor: 4 bytes a sample and channel, 130 kB a sample for ResNet-101
+    keep_samples: bool = False,  # for interval, null and domain error: 4 bytes per sample and channel, 130 kB per sample for ResNet-101
     channel_dim: int = 1,  # of every layer; -1 for tokens `(B, N, C)`
     n_channels: int = 0,  # that every input must have; 0: as many as the first
 ) -> Measured:  # of all processes together
@@ -387,19 +390,27 @@ def over_processes(
     return Measured(parts[0].layers, moments, parts[0].n_channels, sum(part.n_samples for part in parts), means)
 
 # %% ../nbs/40_divergence.ipynb #cell-33
-def average_alive(
+def divergence_of_alive(
     mean_a: Tensor,  # `(…, C)`
     var_a: Tensor,
     mean_b: Tensor,
     var_b: Tensor,
     limit_a: Tensor | float = 0.0,  # variance at or below which a channel is dead
     limit_b: Tensor | float = 0.0,
-) -> tuple[Tensor, Tensor]:  # mean divergence `(…,)`, NaN if all are dead; dead channels `(…,)`
-    "Average the divergence over the channels that live in both streams (eq. 3)."
+) -> Tensor:  # `(…, C)`; NaN for a dead channel
+    "Compute the divergence of each channel that is alive in both streams."
     is_alive = (var_a > limit_a) & (var_b > limit_b)
-    n_alive = is_alive.sum(-1)
-    total = symmetric_kl(mean_a, var_a, mean_b, var_b).where(is_alive, 0.0).sum(-1)
-    return total / n_alive, is_alive.shape[-1] - n_alive
+    return symmetric_kl(mean_a, var_a, mean_b, var_b).where(is_alive, torch.nan)
+
+
+def average_alive(
+    *moments: Tensor | float,  # of `divergence_of_alive`
+) -> tuple[Tensor, Tensor]:  # mean divergence `(…,)`, NaN if all are dead; dead channels `(…,)`
+    "Average the divergence over the channels that are alive in both streams (eq. 3)."
+    channels = divergence_of_alive(*moments)
+    is_dead = channels.isnan()
+    n_dead = is_dead.sum(-1)
+    return channels.masked_fill_(is_dead, 0.0).sum(-1) / (channels.shape[-1] - n_dead), n_dead
 
 
 def check_pair(a: Measured, b: Measured) -> None:
@@ -415,11 +426,44 @@ def check_pair(a: Measured, b: Measured) -> None:
                 raise ValueError(f"{came} and so {n} values for {estimator}: wanted 2 or more, so give more samples or valid pixels")
 
 # %% ../nbs/40_divergence.ipynb #cell-37
+class Places(NamedTuple):
+    "The place of each sample of two streams."
+
+    of_a: Tensor  # `(N,)` int64
+    of_b: Tensor  # `(M,)` int64
+    n_places: int
+
+    def strata(self) -> tuple[Tensor, ...]:  # int64 each
+        "Return the places that both streams show, those of A only and those of B only."
+        every = torch.arange(self.n_places)
+        in_a, in_b = (torch.isin(every, index) for index in (self.of_a, self.of_b))
+        return every[in_a & in_b], every[in_a & ~in_b], every[in_b & ~in_a]
+
+
+def find_places(
+    n_a: int,  # samples
+    n_b: int,
+    is_paired: bool = False,  # sample k of both streams shows the same place
+    places: Sequence | None = None,  # name per pair, or per sample of A and then of B; None: every pair or sample is its own place
+) -> Places:
+    "Number the places of two streams."
+    if is_paired and n_a != n_b:
+        raise ValueError(f"streams of {n_a} and {n_b} samples are no pairs: give as many of both or is_paired=False")
+    wanted = n_a if is_paired else n_a + n_b
+    names = np.arange(wanted) if places is None else np.asarray(places)
+    if names.shape != (wanted,):
+        of_what = f"{wanted} pairs" if is_paired else f"{n_a} and {n_b} samples"
+        raise ValueError(f"places has {len(names)} names for {of_what}: wanted {wanted}, one per {'pair' if is_paired else 'sample'}")
+    found, index = np.unique(names, return_inverse=True)
+    index = torch.from_numpy(index)
+    return Places(index[:n_a], index if is_paired else index[n_a:], len(found))
+
+# %% ../nbs/40_divergence.ipynb #interval-code
 def resampled_moments(
     means: Tensor,  # of each sample, `(N, C)`; NaN: unknown
     weights: Tensor,  # how often each resample holds each sample, `(R, N)`
 ) -> tuple[Tensor, Tensor]:  # mean and unbiased variance, `(R, C)` float64
-    "Give the moments of weighted samples."
+    "Compute the moments of weighted samples."
     centre = means.double().nanmean(0)
     known, x = (~means.isnan()).double(), (means.double() - centre).nan_to_num()
     weights = weights.double()
@@ -434,75 +478,196 @@ def draw_weights(n_resamples: int, n_samples: int, generator: torch.Generator) -
     return torch.zeros(n_resamples, n_samples).scatter_add_(1, picks, torch.ones(picks.shape))
 
 
-def compare_resampled(a: Tensor, b: Tensor, weights_a: Tensor, weights_b: Tensor, eps: float = 0.0) -> Tensor:  # `(R,)`
-    "Divergence of each pair of resamples; a channel that has lost its variance in one is dead there."
-    whole = [resampled_moments(x, torch.ones(1, len(x)))[1] for x in (a, b)]
-    limits = [(1e-9 * var).clamp(min=eps) for var in whole]
-    return average_alive(*resampled_moments(a, weights_a), *resampled_moments(b, weights_b), *limits)[0]
+def draw_places(places: Places, n_resamples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:  # `(R, N)`, `(R, M)`
+    "Draw places with replacement, within each stratum, and count how often each sample of A and of B was drawn."
+    weights = torch.zeros(n_resamples, places.n_places)
+    for stratum in places.strata():
+        if len(stratum):
+            weights[:, stratum] = draw_weights(n_resamples, len(stratum), generator)
+    return weights[:, places.of_a], weights[:, places.of_b]
 
 
 def bootstrap(
     a: Tensor,  # means of each sample, `(N, C)` float32
     b: Tensor,  # `(M, C)`
     divergence: float,  # of all samples
-    n_resamples: int,
-    is_paired: bool = False,  # row k of `a` and of `b` show the same place
+    places: Places,
+    n_resamples: int = 200,
     seed: int = 0,
     eps: float = 0.0,
-) -> tuple[float, float]:  # low and high end
-    "Give a 95 % interval of a layer's divergence by the basic bootstrap of its logarithm."
-    generator = torch.Generator().manual_seed(seed)
-    weights_a = draw_weights(n_resamples, len(a), generator)
-    weights_b = weights_a if is_paired else draw_weights(n_resamples, len(b), generator)
-    drawn = compare_resampled(a, b, weights_a, weights_b, eps)
+) -> tuple[float, float]:  # low and high end; NaN for a single place
+    "Compute a 95 % interval of a layer's divergence by the basic bootstrap of its logarithm."
+    weights = draw_places(places, n_resamples, torch.Generator().manual_seed(seed))
+    whole = [resampled_moments(x, torch.ones(1, len(x)))[1] for x in (a, b)]
+    limits = [(1e-9 * var).clamp(min=eps) for var in whole]  # a channel that has lost its variance in a resample is dead there
+    moments = [resampled_moments(x, w) for x, w in zip((a, b), weights, strict=True)]
+    drawn = average_alive(*moments[0], *moments[1], *limits)[0]
     low, high = torch.nanquantile(drawn, torch.tensor([0.025, 0.975]).double()).tolist()
-    return divergence**2 / high, divergence**2 / low
+    return (divergence**2 / high, divergence**2 / low) if places.n_places > 1 else (float("nan"),) * 2
+
+# %% ../nbs/40_divergence.ipynb #null-code
+def sum_places(
+    means: Tensor,  # of each sample, `(N, C)` float64; a row of NaN: unknown
+    index: Tensor,  # place of each sample, `(N,)`
+    n_places: int,
+) -> Tensor:  # sums, sums of squares and the count of each place side by side, `(P, 2C + 1)`
+    "Add up the known samples of each place."
+    known, means = (~means[:, :1].isnan()).double(), means.nan_to_num()
+    rows = torch.cat([means * known, means.square() * known, known], 1)
+    return rows.new_zeros(n_places, rows.shape[1]).index_add_(0, index, rows)
 
 
-def split_floor(
+def draw_moves(places: Places, n_permutations: int, generator: torch.Generator) -> Tensor:  # `(1 + R, P)`, in the order of the strata
+    "Toss a coin per place of both streams and deal out the others: 1 means swapped, or in A; the first row is as observed."
+    both, only_a, only_b = map(len, places.strata())
+    swapped = torch.rand(n_permutations, both, generator=generator) < 0.5
+    ranks = torch.rand(n_permutations, only_a + only_b, generator=generator).argsort(1).argsort(1)
+    observed = torch.tensor([0.0] * both + [1.0] * only_a + [0.0] * only_b)
+    return torch.cat([observed[None], torch.cat([swapped, ranks < only_a], 1)]).double()
+
+
+def moments_of_sums(sums: Tensor) -> tuple[Tensor, Tensor]:  # of `(R, 2C + 1)`: mean and unbiased variance, `(R, C)`
+    "Turn sums, sums of squares and counts into moments."
+    n_channels, count = sums.shape[1] // 2, sums[:, -1:]
+    mean, square = sums[:, :n_channels] / count, sums[:, n_channels:-1]
+    return mean, torch.addcmul(square, mean, mean * count, value=-1).clamp_(min=0).div_(count - 1)
+
+
+def permuted_divergence(
     a: Tensor,  # means of each sample, `(N, C)` float32
-    n_splits: int = 50,
+    b: Tensor,  # `(M, C)`
+    places: Places,
+    n_permutations: int = 200,
     seed: int = 0,
     eps: float = 0.0,
-) -> float:
-    "Give the median divergence of random halves of one stream; NaN below four samples."
-    generator = torch.Generator().manual_seed(seed)
-    ranks = torch.rand(n_splits, len(a), generator=generator).argsort(1).argsort(1)
-    first, second = (ranks < len(a) // 2).float(), (ranks >= len(a) // 2).float()
-    return compare_resampled(a, a, first, second, eps).nanmedian().item() if len(a) > 3 else float("nan")
+) -> Tensor:  # as observed, then of each permutation, `(1 + R,)` float64; `(1,)` for a single place, which has nothing to swap with
+    "Compute a layer's divergence with the views of places exchanged at random between A and B."
+    origin = torch.cat([a, b]).double().nan_to_num()[0]  # a channel that never changes has squares of exactly 0
+    side_a, side_b = (sum_places(x.double() - origin, i, places.n_places) for x, i in ((a, places.of_a), (b, places.of_b)))
+    both, only_a, only_b = places.strata()
+    steps = torch.cat([side_b[both] - side_a[both], side_a[only_a], side_b[only_b]])
+    moves = draw_moves(places, n_permutations, torch.Generator().manual_seed(seed))
+    total = (side_a + side_b).sum(0, keepdim=True)
+    permuted_a = torch.addmm(side_a[both].sum(0), moves, steps)
+    limit = (1e-12 * moments_of_sums(total)[1]).clamp(min=eps)  # rounding leaves less
+    drawn = average_alive(*moments_of_sums(permuted_a), *moments_of_sums(total - permuted_a), limit, limit)[0]
+    return drawn if places.n_places > 1 else drawn[:1]
+
+
+def null_and_p(
+    divergence: Tensor,  # of `permuted_divergence`, `(1 + R,)`
+) -> tuple[float, float]:  # NaN if no permutation has a divergence
+    "Compute the median of the permuted divergences, and the p-value of the observed one."
+    observed, permuted = divergence[0], divergence[1:][divergence[1:].isfinite()]
+    if not len(permuted) or not observed.isfinite():
+        return float("nan"), float("nan")
+    as_large = (permuted >= observed * (1 - 1e-9)).sum().item()  # equal but for rounding: all swapped is as observed
+    return permuted.quantile(0.5).item(), (1 + as_large) / (1 + len(permuted))
+
+# %% ../nbs/40_divergence.ipynb #domain-code
+SHRINKAGE = 0.1  # of the covariance towards the identity
+
+
+def linear_scores(
+    x: Tensor,  # features to learn from, `(n, C)` float64
+    y: Tensor,  # 1 or -1, `(n,)` float64
+    z: Tensor,  # features to score, `(m, C)`
+) -> Tensor:  # above 0 for class 1, `(m,)`
+    "Score samples by a linear discriminant with a shrunk covariance."
+    x, z = x - x[0], z - x[0]  # a channel that never changes is exactly 0
+    mean, std = x.mean(0), x.std(0)
+    scale = torch.where(std > 0, 1 / std, 0.0)
+    x, z = (x - mean) * scale, (z - mean) * scale
+    ridge = SHRINKAGE / (1 - SHRINKAGE) * len(x)
+    gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
+    gram.diagonal().add_(ridge)
+    w = x.T @ torch.linalg.solve(gram, y) if len(x) < x.shape[1] else torch.linalg.solve(gram, x.T @ y)
+    learned = x @ w
+    return z @ w - (learned[y > 0].mean() + learned[y < 0].mean()) / 2
+
+
+def deal_folds(places: Places, n_folds: int, generator: torch.Generator) -> Tensor:  # fold of each place, `(P,)`
+    "Deal the places of A, and those of B, to folds of equal size."
+    folds, (both, *others) = torch.zeros(places.n_places, dtype=torch.int64), places.strata()
+    for stratum, first in ((both, 0), *((other, len(both)) for other in others)):
+        order = torch.randperm(len(stratum), generator=generator)
+        folds[stratum[order]] = (first + torch.arange(len(stratum))) % n_folds
+    return folds
+
+
+def domain_error(
+    a: Tensor,  # means of each sample, `(N, C)` float32; a row of NaN: unknown
+    b: Tensor,  # `(M, C)`
+    places: Places,
+    n_folds: int = 5,
+    seed: int = 0,  # of the folds
+) -> float:  # in [0, 1], about 0.5 if the streams are alike; NaN where a stream has known samples of fewer than two places
+    "Compute the cross-validated error of a linear classifier that tells stream A from stream B."
+    known_a, known_b = (~side[:, 0].isnan() for side in (a, b))
+    places = Places(places.of_a[known_a], places.of_b[known_b], places.n_places)
+    n_folds = min(n_folds, len(places.of_a.unique()), len(places.of_b.unique()))
+    if n_folds < 2:
+        return float("nan")
+    x = torch.cat([a[known_a], b[known_b]]).double()
+    y = torch.cat([torch.ones(len(places.of_a)), -torch.ones(len(places.of_b))]).double()
+    folds = deal_folds(places, n_folds, torch.Generator().manual_seed(seed))[torch.cat([places.of_a, places.of_b])]
+    scores = torch.zeros_like(y)
+    for test in (folds == k for k in range(n_folds)):
+        scores[test] = linear_scores(x[~test], y[~test], x[test])
+    wrong = (scores * y < 0).double() + 0.5 * (scores == 0)
+    return (wrong[y > 0].mean() + wrong[y < 0].mean()).item() / 2
 
 # %% ../nbs/40_divergence.ipynb #cell-41
 def compare(
     a: Measured,
     b: Measured,  # at the same layers of the same model
     eps: float = 0.0,  # variance at or below which a channel is dead
-    n_resamples: int = 0,  # above 0: interval and floor of the `sample` estimator; both must have kept their samples
-    is_paired: bool = False,  # samples in the same order show the same places
-    seed: int = 0,  # of the resamples
-) -> pd.DataFrame:  # one row an estimator and layer
+    n_resamples: int = 0,  # above 0: `TRUST` of the `sample` estimator; both must have kept their samples
+    is_paired: bool = False,  # sample k of both streams shows the same place
+    seed: int = 0,  # of resamples, permutations and folds
+    places: Sequence | None = None,  # name per pair, or per sample of A and then of B; see `find_places`
+) -> pd.DataFrame:  # one row per estimator and layer
     "Tabulate the divergence of two streams."
     check_pair(a, b)
+    table = tabulate(a, b, eps)
+    return add_trust(table, a, b, n_resamples, is_paired, places, seed, eps) if n_resamples else table
+
+
+def tabulate(a: Measured, b: Measured, eps: float = 0.0) -> pd.DataFrame:  # one row per estimator and layer
+    "Tabulate mean and median channel of each layer; NaN where a stream has fewer than two values."
     rows, widths = [], list(a.layers.values())
     for estimator in a.moments:
         sides = [[t.split(widths) for t in (m.moments[estimator].mean, m.moments[estimator].var)] for m in (a, b)]
         for depth, (layer, mean_a, var_a, mean_b, var_b) in enumerate(zip(a.layers, *sides[0], *sides[1], strict=True)):
-            value, dead = average_alive(mean_a, var_a, mean_b, var_b, eps, eps)
-            rows.append((estimator, depth, layer, widths[depth], value.item(), int(dead)))
-    table = pd.DataFrame(rows, columns=["estimator", "depth", "layer", "channels", "divergence", "dead"])
-    return add_trust(table, a, b, eps, n_resamples, is_paired, seed) if n_resamples else table
+            channels = divergence_of_alive(mean_a, var_a, mean_b, var_b, eps, eps)
+            center = channels.nanquantile(0.5).item()
+            rows.append((estimator, depth, layer, widths[depth], channels.nanmean().item(), center, int(channels.isnan().sum())))
+    return pd.DataFrame(rows, columns=["estimator", "depth", "layer", "channels", "divergence", "median_channel", "dead"])
 
 
-def add_trust(table: pd.DataFrame, a: Measured, b: Measured, eps: float, n_resamples: int, is_paired: bool, seed: int) -> pd.DataFrame:
-    "Add `low`, `high` and `floor` to the rows of the `sample` estimator; the others have none (NaN)."
+TRUST = ["low", "high", "null", "p", "domain_error"]
+
+
+def add_trust(
+    table: pd.DataFrame,  # of `tabulate`
+    a: Measured,
+    b: Measured,
+    n_resamples: int,
+    is_paired: bool = False,
+    places: Sequence | None = None,
+    seed: int = 0,
+    eps: float = 0.0,
+) -> pd.DataFrame:  # with the columns of `TRUST`
+    "Add interval, null, p-value and domain error to the rows of the `sample` estimator; the others have none (NaN)."
     if "sample" not in a.moments or not (a.sample_means and b.sample_means):
         raise ValueError(f"estimators are {', '.join(a.moments)}: n_resamples wants sample among them, and measure(keep_samples=True)")
-    if is_paired and a.n_samples != b.n_samples:
-        raise ValueError(f"streams of {a.n_samples} and {b.n_samples} samples are no pairs: give as many of both or is_paired=False")
+    found = find_places(a.n_samples, b.n_samples, is_paired, places)
     sides = [torch.cat(m.sample_means).split(list(a.layers.values()), 1) for m in (a, b)]
+    options = (found, n_resamples, seed, eps)
     for row in table.index[table.estimator == "sample"]:
         x, y = (side[table.depth[row]] for side in sides)
-        ends = bootstrap(x, y, table.divergence[row], n_resamples, is_paired, seed, eps)
-        table.loc[row, ["low", "high", "floor"]] = (*ends, split_floor(x, seed=seed, eps=eps))
+        ends, null = bootstrap(x, y, table.divergence[row], *options), null_and_p(permuted_divergence(x, y, *options))
+        table.loc[row, TRUST] = (*ends, *null, domain_error(x, y, found, seed=seed))
     return table
 
 
@@ -513,17 +678,18 @@ def divergence(
     layers: Layers | None = None,  # module names; regular expression; test of (name, module); None: the ReLU layers of a ResNet
     estimator: str | Sequence[str] = "sample",  # `sample`, `pixel`, `batch_mean(n)`, or several: one pass serves all
     eps: float = 0.0,  # variance at or below which a channel is dead
-    n_resamples: int = 0,  # above 0, such as 200: `low`, `high` and `floor` for the `sample` estimator, at 4 bytes a sample and channel
-    is_paired: bool = False,  # samples in the same order show the same places
-    seed: int = 0,  # of the resamples
+    n_resamples: int = 0,  # above 0, such as 200: `TRUST` for the `sample` estimator, at 4 bytes per sample and channel
+    is_paired: bool = False,  # sample k of both streams shows the same place
+    seed: int = 0,  # of resamples, permutations and folds
     channel_dim: int = 1,  # of every layer; -1 for tokens `(B, N, C)`
-) -> pd.DataFrame:  # estimator, depth, layer, channels, divergence, dead[, low, high, floor]
+    places: Sequence | None = None,  # name per pair, or per sample of A and then of B; see `find_places`
+) -> pd.DataFrame:  # estimator, depth, layer, channels, divergence, median_channel, dead[, *TRUST]
     "Measure how far two streams of inputs are apart in each layer of a model (eqs 1 to 3)."
     estimators = (estimator,) if isinstance(estimator, str) else tuple(estimator)
     options = (layers, estimators, n_resamples > 0, channel_dim)
     a = measure(model, batches_a, *options)
     b = measure(model, batches_b, *options, a.n_channels)
-    return compare(a, b, eps, n_resamples, is_paired, seed)
+    return compare(a, b, eps, n_resamples, is_paired, seed, places)
 
 # %% ../nbs/40_divergence.ipynb #cell-46
 CURVE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # apart for colour-blind eyes, too
@@ -550,11 +716,11 @@ def mark_stages(ax, layers: Sequence[str]) -> None:
 
 
 def draw_curve(ax, label: str, table: pd.DataFrame, color: str) -> None:
-    "Draw one table's divergence, interval and floor."
+    "Draw one table's divergence, interval and null."
     ax.plot(table.depth, table.divergence, "o-", label=label, color=color, markersize=3, linewidth=1.2)
     if "low" in table:
         ax.fill_between(table.depth, table.low, table.high, color=color, alpha=0.18, linewidth=0)
-        ax.plot(table.depth, table.floor, ":", color=color, linewidth=1)
+        ax.plot(table.depth, table.null, ":", color=color, linewidth=1)
 
 
 def draw_divergence(

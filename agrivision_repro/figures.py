@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,15 +16,15 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from .batches import Feed, scoring_loader
-from .divergence import CURVE_COLORS, batch_mean, divergence, draw_divergence
+from .divergence import CURVE_COLORS, TRUST, batch_mean, divergence, draw_divergence
 from .norms import SwitchNorm2d
 from .runs import Result, Workspace
 from .training import replace_file
 
 # %% auto #0
-__all__ = ['ESTIMATORS', 'MODALITIES', 'NETS', 'inputs_of', 'run_divergence', 'figure2_scores', 'average_seeds', 'draw_figure2',
-           'figure2_medians', 'figure2_table', 'switch_weights', 'draw_switch_weights', 'divergence_and_score',
-           'rank_correlation', 'draw_relation']
+__all__ = ['ESTIMATORS', 'MODALITIES', 'NETS', 'THIRDS', 'inputs_of', 'read_divergence', 'run_divergence', 'figure2_scores',
+           'average_seeds', 'draw_figure2', 'reduce_curve', 'figure2_medians', 'figure2_table', 'switch_weights',
+           'draw_switch_weights', 'divergence_and_score', 'rank_correlation', 'draw_relation']
 
 # %% ../nbs/68_figures.ipynb #cell-05
 ESTIMATORS = ("sample", "pixel", batch_mean(2))
@@ -31,22 +32,29 @@ MODALITIES = ("rgb", "nir3")
 
 
 def inputs_of(feed: Feed) -> Iterator[Tensor]:  # `(B, 3, H, W)`
-    "Give what a model is shown, and nothing else."
+    "Yield the inputs of a model, without targets."
     return (batch.x for batch in scoring_loader(feed.tiles, prepare=feed.prepare("cpu")))
+
+
+def read_divergence(path: Path) -> pd.DataFrame | None:
+    "Load a table of `run_divergence`; None if it does not exist or lacks a column."
+    table = pd.read_csv(path) if path.is_file() else pd.DataFrame()
+    return table if {"median_channel", *TRUST} <= set(table.columns) else None
 
 
 def run_divergence(
     result: Result,  # of a Run on `rgb` or `nir3`
     workspace: Workspace,
-    n_resamples: int = 200,  # of the bootstrap
+    n_resamples: int = 200,  # of the bootstrap; as many permutations
 ) -> pd.DataFrame:  # of `divergence.divergence`
     "Measure how far RGB and NIR are apart in a trained model, once."
     path = result.folder / "divergence.csv"
-    if not path.is_file():
+    if read_divergence(path) is None:
         streams = (inputs_of(workspace.feed(result.run, "val", channels)) for channels in MODALITIES)
-        table = divergence(result.model(), *streams, estimator=ESTIMATORS, n_resamples=n_resamples, is_paired=True)
+        options = {"estimator": ESTIMATORS, "n_resamples": n_resamples, "is_paired": True, "places": workspace.fields(result.run)}
+        table = divergence(result.model(), *streams, **options)
         replace_file(path, lambda fresh: table.to_csv(fresh, index=False))
-    return pd.read_csv(path)
+    return read_divergence(path)
 
 # %% ../nbs/68_figures.ipynb #cell-06
 NETS = {"bn": "ResNet", "ibn_a": "IBN-Net-a", "ibn_b": "IBN-Net-b", "ibn_s": "IBN-Net-s"}
@@ -55,7 +63,7 @@ NETS = {"bn": "ResNet", "ibn_a": "IBN-Net-a", "ibn_b": "IBN-Net-b", "ibn_s": "IB
 def figure2_scores(
     results: Sequence[Result],  # of `tables.fig2`
     workspace: Workspace,
-) -> pd.DataFrame:  # a row a training, estimator and layer
+) -> pd.DataFrame:  # one row per run, estimator and layer
     "Measure every model of Figure 2."
     parts = []
     for result in results:
@@ -66,17 +74,17 @@ def figure2_scores(
 # %% ../nbs/68_figures.ipynb #cell-09
 def average_seeds(
     curves: pd.DataFrame,  # rows of one net, trained on one modality, one estimator
-) -> pd.DataFrame:  # a row a layer: depth, layer, estimator, divergence, low, high, floor
+) -> pd.DataFrame:  # one row per layer: depth, layer, estimator, divergence, low, high, null
     "Average the curves of several seeds."
     layers = curves.groupby("depth")
-    table = layers[["layer", "estimator"]].first().join(layers[["divergence", "low", "high", "floor"]].mean())
+    table = layers[["layer", "estimator"]].first().join(layers[["divergence", "low", "high", "null"]].mean())
     if curves.seed.nunique() > 1:
         table[["low", "high"]] = layers.divergence.agg(["min", "max"]).to_numpy()
     return table.reset_index()
 
 
 def draw_figure2(scores: pd.DataFrame) -> Figure:
-    "Draw Figure 2: a panel a modality that was trained on, a curve a net."
+    "Draw Figure 2: one panel per modality that was trained on, one curve per net."
     own = scores[scores.estimator == "sample"]
     panels = {}
     for trained, name in zip(MODALITIES, ("RGB", "NIR"), strict=True):
@@ -87,17 +95,29 @@ def draw_figure2(scores: pd.DataFrame) -> Figure:
     return figure
 
 # %% ../nbs/68_figures.ipynb #cell-12
+THIRDS = ("first", "middle", "last")
+
+
+def reduce_curve(
+    curve: pd.DataFrame,  # rows of one run and estimator
+) -> dict:  # median, median_channel: medians over layers; first, middle, last: medians of the divergence in thirds of the depth
+    "Reduce the curve of a run to medians over layers."
+    values = curve.sort_values("depth").divergence.to_numpy()
+    thirds = {name: np.nanmedian(part) for name, part in zip(THIRDS, np.array_split(values, 3), strict=True)}
+    return {"median": np.nanmedian(values), "median_channel": curve.median_channel.median(), **thirds, "layers": len(curve)}
+
+
 def figure2_medians(
     scores: pd.DataFrame,  # of `figure2_scores`
     estimator: str = "sample",
-) -> pd.DataFrame:  # a row a training: trained_on, norm, seed, median, layers, below
-    "Take each training's median over layers, and count the layers below ResNet's."
-    curves = scores[scores.estimator == estimator].pivot_table(index=["trained_on", "seed", "norm"], columns="depth", values="divergence")
-    rows = []
-    for (trained, seed, norm), curve in curves.iterrows():
-        below = int((curve < curves.loc[(trained, seed, "bn")]).sum()) if (trained, seed, "bn") in curves.index else np.nan
-        rows.append((trained, norm, seed, curve.median(), len(curve), below))
-    return pd.DataFrame(rows, columns=["trained_on", "norm", "seed", "median", "layers", "below"])
+) -> pd.DataFrame:  # one row per run: trained_on, norm, seed, those of `reduce_curve`, below: layers below ResNet
+    "Reduce every run's curve to medians, and count the layers below ResNet's."
+    rows, curves = [], dict(list(scores[scores.estimator == estimator].groupby(["trained_on", "seed", "norm"])))
+    for (trained, seed, norm), curve in curves.items():
+        resnet = curves.get((trained, seed, "bn"))
+        below = np.nan if resnet is None else int((curve.divergence.to_numpy() < resnet.divergence.to_numpy()).sum())
+        rows.append({"trained_on": trained, "norm": norm, "seed": seed, **reduce_curve(curve), "below": below})
+    return pd.DataFrame(rows)
 
 
 def figure2_table(
@@ -117,7 +137,7 @@ def figure2_table(
 @torch.no_grad()
 def switch_weights(
     model: nn.Module,
-) -> pd.DataFrame:  # a row a SwitchNorm and moment: depth, layer, of, IN, LN, BN
+) -> pd.DataFrame:  # one row per SwitchNorm and moment: depth, layer, of, IN, LN, BN
     "Read the learned shares of every SwitchNorm, from the input on."
     norms, rows = [(n, m) for n, m in model.named_modules() if isinstance(m, SwitchNorm2d)], []
     for depth, (layer, norm) in enumerate(norms):
@@ -150,8 +170,8 @@ def draw_switch_weights(
 def divergence_and_score(
     results: Sequence[Result],
     scores: pd.DataFrame,  # of `figure2_scores`
-) -> pd.DataFrame:  # trained_on, norm, seed, median, own, other: multi-label mIoU in %
-    "Put each training's divergence beside its scores."
+) -> pd.DataFrame:  # of `figure2_medians`, with own, other: multi-label mIoU in %
+    "Add each run's multi-label scores to its divergence."
     table = figure2_medians(scores).set_index(["trained_on", "norm", "seed"])
     for r in results:
         other = next(m for m in MODALITIES if m != r.run.channels)
@@ -161,7 +181,7 @@ def divergence_and_score(
 
 
 def rank_correlation(x: pd.Series, y: pd.Series) -> float:  # NaN of fewer than four points
-    "Spearman's: the correlation of ranks."
+    "Compute Spearman's correlation, that of ranks."
     return float(x.rank().corr(y.rank())) if len(x) > 3 else float("nan")
 
 

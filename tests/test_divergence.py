@@ -17,16 +17,20 @@ from agrivision_repro import divergence as module
 from agrivision_repro.backbones import NORMS, create_backbone, last_activation
 from agrivision_repro.deeplab import DeepLabV3Plus
 from agrivision_repro.divergence import (
+    TRUST,
     LayerReader,
     batch_mean,
     bootstrap,
     compare,
     divergence,
+    domain_error,
     draw_divergence,
+    find_places,
     find_relu_layers,
     measure,
+    null_and_p,
+    permuted_divergence,
     sample_moments,
-    split_floor,
     symmetric_kl,
 )
 
@@ -209,7 +213,7 @@ def test_two_processes_are_one(tmp_path, cut):
     for estimator, moments in alone[0].moments.items():
         torch.testing.assert_close(first["moments"][estimator], tuple(moments), rtol=1e-9, atol=1e-12)
     wanted = compare(*alone, n_resamples=20)
-    for column in ("divergence", "low", "high", "floor"):
+    for column in ("divergence", "median_channel", *TRUST):
         np.testing.assert_allclose(first["table"][column], wanted[column], rtol=1e-6)
 
 
@@ -361,26 +365,237 @@ def test_training_mode_is_refused():
         divergence(model, [a], [b], LAYERS)
 
 
-def test_interval_and_floor():
-    "Equal streams lie at the floor, a shifted one above; pairs are surer; the same seed gives the same numbers."
+def divergence_of(a: torch.Tensor, b: torch.Tensor) -> float:
+    "Divergence of a layer from the means of samples, all channels alive."
+    a, b = a.double(), b.double()
+    return symmetric_kl(a.mean(0), a.var(0), b.mean(0), b.var(0)).mean().item()
+
+
+def test_interval():
+    "The interval of pairs is narrower; the same seed gives the same numbers."
     generator = torch.Generator().manual_seed(0)
-    a, other, noise = (torch.randn(40, 32, generator=generator) for _ in range(3))
-    floor = split_floor(a)
-    assert 0.05 < floor < 0.3  # E[D] of two Gaussian samples of n is about 3/n in each direction: 2 · 3/20 at most
+    a, noise = (torch.randn(40, 32, generator=generator) for _ in range(2))
     b = a + 1.0 + 0.1 * noise
-    value = symmetric_kl(a.mean(0), a.var(0), b.mean(0), b.var(0)).mean().item()
-    loose, tight = (bootstrap(a, b, value, 200, is_paired=p) for p in (False, True))
-    assert loose == bootstrap(a, b, value, 200) and loose[0] > floor
+    loose, tight = (bootstrap(a, b, divergence_of(a, b), find_places(40, 40, p), 200) for p in (False, True))
+    assert loose == bootstrap(a, b, divergence_of(a, b), find_places(40, 40), 200)
     assert tight[1] - tight[0] < loose[1] - loose[0]
     assert tight[0] < 1.0 < tight[1]  # two unit Gaussians one apart: (1 + 1)/2 + (1 + 1)/2 - 1
+
+
+def test_interval_draws_whole_places():
+    "Ten copies of four places are as uncertain as the four places, and not as forty samples."
+    generator = torch.Generator().manual_seed(1)
+    a, b = torch.randn(2, 4, 50, generator=generator)
+    copies = [x.repeat_interleave(10, 0) for x in (a, b)]
+    names = np.repeat(["w", "x", "y", "z"], 10)
+    value = divergence_of(*copies)
+    by_place, by_sample = (bootstrap(*copies, value, find_places(40, 40, True, places), 400) for places in (names, None))
+    assert by_place[1] / by_place[0] > 2 * by_sample[1] / by_sample[0]
+    unpaired = bootstrap(*copies, value, find_places(40, 40, places=[*names, *names]), 400)
+    assert unpaired == by_place  # both streams show the same places, which are drawn together
+    shuffled = torch.randperm(40, generator=generator)
+    again = bootstrap(*(x[shuffled] for x in copies), value, find_places(40, 40, True, names[shuffled]), 400)
+    np.testing.assert_allclose(again, by_place, rtol=1e-9)
+
+
+def draw_streams(seed: int, n_places: int, n_tiles: int = 1, shift: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    "Two views of the tiles of some places, which share content by place and by tile; 12 correlated channels, some skewed."
+    generator = torch.Generator().manual_seed(seed)
+    place, tile = (torch.randn(n, 12, generator=generator) for n in (n_places, n_places * n_tiles))
+    views = torch.randn(2, n_places, 1, 12, generator=generator).repeat(1, 1, n_tiles, 1).flatten(1, 2)  # noise that tiles of a place share
+    views = views + (place.repeat_interleave(n_tiles, 0) + tile) + 0.5 * torch.randn(2, n_places * n_tiles, 12, generator=generator)
+    mixed = views @ torch.randn(12, 12, generator=torch.Generator().manual_seed(0))
+    mixed[..., :4] = mixed[..., :4].exp().clamp(max=50)
+    return mixed[0], mixed[1] + shift
+
+
+def p_values(n_trials: int, n_places: int, n_tiles: int, is_paired: bool, has_places: bool = True, shift: float = 0.0) -> np.ndarray:
+    found = []
+    for seed in range(n_trials):
+        a, b = draw_streams(seed, n_places, n_tiles, shift)
+        if not is_paired:
+            b = draw_streams(seed + 100_000, n_places, n_tiles, shift)[1]
+        names = np.repeat(np.arange(n_places), n_tiles)
+        names = names if is_paired else [*names, *(n_places + names)]
+        places = find_places(len(a), len(b), is_paired, names if has_places else None)
+        found.append(null_and_p(permuted_divergence(a, b, places, 99, seed))[1])
+    return np.array(found)
+
+
+def distance_from_uniform(p: np.ndarray) -> float:
+    "Kolmogorov and Smirnov's, times the root of n: above 1.63 in 1 % of the samples of a uniform distribution."
+    p = np.sort(p)
+    ranks = np.arange(len(p) + 1) / len(p)
+    return max((ranks[1:] - p).max(), (p - ranks[:-1]).max()) * len(p) ** 0.5
+
+
+@pytest.mark.parametrize(("n_places", "n_tiles", "is_paired"), [(24, 1, True), (20, 3, True), (24, 1, False), (16, 3, False)])
+def test_p_values_are_uniform_without_a_difference(n_places, n_tiles, is_paired):
+    p = p_values(300, n_places, n_tiles, is_paired)
+    assert distance_from_uniform(p) < 1.63
+    assert abs((p <= 0.05).sum() - 15) < 2.58 * (300 * 0.05 * 0.95) ** 0.5  # 99 % of a binomial distribution
+
+
+def test_tiles_that_pose_as_places_are_overconfident():
+    "What a place's tiles share is then taken for a difference: the test above would fail."
+    p = p_values(300, 20, 3, True, has_places=False)
+    assert (p <= 0.05).sum() > 40 and distance_from_uniform(p) > 2
+
+
+@pytest.mark.parametrize("is_paired", [True, False])
+def test_a_shift_is_found(is_paired):
+    assert (p_values(60, 24, 1, is_paired, shift=6.0) <= 0.05).mean() > 0.9
+
+
+def test_null_is_the_expectation_at_the_same_number_of_samples():
+    "2/(n - 3) + 2 (n - 1)/(n (n - 3)) for independent Gaussian samples; halves would give twice as much."
+    n, generator = 30, torch.Generator().manual_seed(3)
+    expected = 2 / (n - 3) + 2 * (n - 1) / (n * (n - 3))
+    for is_paired in (True, False):
+        sets = torch.randn(100, 2, n, 40, generator=generator)
+        observed = np.mean([divergence_of(*x) for x in sets])
+        nulls = [null_and_p(permuted_divergence(*x, find_places(n, n, is_paired), 50))[0] for x in sets]
+        np.testing.assert_allclose([observed, np.mean(nulls)], expected, rtol=0.05)
+
+
+def test_null_of_few_pairs_is_that_of_every_swap():
+    "All 2⁷ ways to swap seven pairs, one by one; drawn at random, their median and p-value are the same."
+    a, b = draw_streams(5, 7, shift=1.0)
+    swaps = [torch.tensor([k >> bit & 1 for bit in range(7)], dtype=torch.bool)[:, None] for k in range(2**7)]
+    every = np.array([divergence_of(a.where(~swap, b), b.where(~swap, a)) for swap in swaps])
+    drawn = permuted_divergence(a, b, find_places(7, 7, True), 4000)
+    np.testing.assert_allclose(drawn[0], every[0], rtol=1e-9)
+    assert np.isclose(np.sort(every)[:, None], drawn.numpy(), rtol=1e-9).any(0).all()  # nothing else is drawn
+    null, p = null_and_p(drawn)
+    shares = [(every < null * (1 - 1e-9)).mean(), (every <= null * (1 + 1e-9)).mean()]
+    assert shares[0] < 0.53 and shares[1] > 0.47
+    np.testing.assert_allclose(p, (every >= every[0] * (1 - 1e-9)).mean(), atol=0.03)
+
+
+def test_order_of_tiles_does_not_matter():
+    "Tiles shuffled with their places give the same null and p-value; so do places of other names in the same order."
+    a, b = draw_streams(6, 8, 4, shift=0.5)
+    names = np.repeat(list("abcdefgh"), 4)
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
+    first = permuted_divergence(a, b, find_places(32, 32, True, names), 50)
+    shuffled = permuted_divergence(a[order], b[order], find_places(32, 32, True, names[order]), 50)
+    torch.testing.assert_close(shuffled, first, rtol=1e-9, atol=0)
+    renamed = permuted_divergence(a, b, find_places(32, 32, True, [f"x{name}" for name in names]), 50)
+    torch.testing.assert_close(renamed, first, rtol=0, atol=0)
+
+
+def test_unknown_samples_count_nothing_in_the_null():
+    "A row without a valid pixel, in both streams, is as if the pair were not there."
+    a, b = draw_streams(7, 9, shift=0.5)
+    names = np.array(list("abcdefghz"))
+    a[8], b[8] = torch.nan, torch.nan
+    known = permuted_divergence(a[:8], b[:8], find_places(8, 8, True, names[:8]), 2000)
+    found = permuted_divergence(a, b, find_places(9, 9, True, names), 2000)
+    np.testing.assert_allclose(found[0], known[0], rtol=1e-9)
+    np.testing.assert_allclose(null_and_p(found), null_and_p(known), rtol=0.05, atol=0.02)
+
+
+def test_permutation_with_dead_channels():
+    "Constant in both streams: dead in every permutation. Constant in one: mixed streams bring it to life, as they should."
+    a, b = draw_streams(8, 10)
+    a[:, 5], b[:, 5], a[:, 6] = 0.1, 0.1, 0.1
+    living = [c for c in range(12) if c != 5]
+    found, wanted = (permuted_divergence(x, y, find_places(10, 10, True), 50) for x, y in ((a, b), (a[:, living], b[:, living])))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=0)
+    np.testing.assert_allclose(found[0], divergence_of(*(x[:, [c for c in living if c != 6]] for x in (a, b))), rtol=1e-9)
+    assert np.isnan(null_and_p(permuted_divergence(a[:, 5:6], b[:, 5:6], find_places(10, 10, True), 5))).all()
+
+
+def test_domain_error_of_equal_distributions_is_a_half():
+    "200 sets of 20 pairs, and of 20 samples that are no pairs: half of them wrong, within what tosses of a coin allow."
+    for is_paired in (True, False):
+        sets = torch.randn(200, 2, 20, 30, generator=torch.Generator().manual_seed(9))
+        errors = np.array([domain_error(*x, find_places(20, 20, is_paired), seed=k) for k, x in enumerate(sets)])
+        assert abs(errors.mean() - 0.5) < 3 * errors.std() / 200**0.5
+        assert abs(errors.mean() - 0.5) < 0.03 and errors.std() < 0.15
+
+
+@pytest.mark.parametrize("n_channels", [3, 300])  # fewer and more than samples: both forms
+def test_domain_error_knows_far_from_near(n_channels):
+    generator = torch.Generator().manual_seed(10)
+    a, b = torch.randn(2, 60, n_channels, generator=generator)
+    far, near = (domain_error(a, b + shift / n_channels**0.5, find_places(60, 60, True)) for shift in (20, 2))
+    assert far == 0 < near < 0.4  # 2 apart: an ideal classifier errs in Φ(-1) = 16 %
+    scale, offset = torch.rand(2, n_channels, generator=generator) * 100 + 0.01
+    assert domain_error(a * scale + offset, (b + 2 / n_channels**0.5) * scale + offset, find_places(60, 60, True)) == near
+
+
+def test_both_forms_of_the_classifier_agree():
+    x, z = (torch.randn(n, 9, generator=torch.Generator().manual_seed(n)).double() for n in (12, 5))
+    y = torch.tensor([1.0, -1.0] * 6).double()
+    dual, primal = module.linear_scores(x.repeat(1, 2), y, z.repeat(1, 2)), module.linear_scores(x, y, z)
+    ridge = module.SHRINKAGE / (1 - module.SHRINKAGE) * 12  # twice the same channels: half of the penalty
+    u, v = ((t - x.mean(0)) / x.std(0) for t in (x, z))
+    for got, penalty in ((dual, ridge / 2), (primal, ridge)):
+        w = torch.linalg.inv(u.T @ u + penalty * torch.eye(9).double()) @ u.T @ y
+        middle = ((u @ w)[y > 0].mean() + (u @ w)[y < 0].mean()) / 2
+        torch.testing.assert_close(got, v @ w - middle, rtol=1e-9, atol=1e-12)
+
+
+def test_places_are_held_out_whole():
+    "Each place has a pattern of its own that its tiles share: known places would give the stream away, others do not."
+    generator = torch.Generator().manual_seed(11)
+    a, b = (torch.randn(2, 10, 200, generator=generator)).repeat_interleave(8, 1) + 0.1 * torch.randn(2, 80, 200, generator=generator)
+    names = np.repeat(np.arange(10), 8)
+    assert domain_error(a, b, find_places(80, 80, True)) < 0.05
+    assert domain_error(a, b, find_places(80, 80, True, names)) > 0.25
+
+
+def test_one_place_says_nothing():
+    a, b = draw_streams(13, 6)
+    one = find_places(6, 6, True, ["one"] * 6)
+    assert np.isnan([*null_and_p(permuted_divergence(a, b, one)), *bootstrap(a, b, 1.0, one), domain_error(a, b, one)]).all()
+
+
+def test_equal_streams_cannot_be_told_apart():
+    a = torch.randn(30, 50, generator=torch.Generator().manual_seed(12))
+    a[3] = torch.nan
+    assert domain_error(a, a, find_places(30, 30, True)) == 0.5
+    constant = a.clone()
+    constant[:, 1:] = 0.1
+    assert abs(domain_error(constant, constant + 1, find_places(30, 30, True))) == 0
+
+
+def test_median_channel():
+    "Median over the living channels, of every estimator."
+    model = nn.Sequential(nn.Identity()).eval()
+    a, b = (torch.randn(12, 5, 3, 3, generator=torch.Generator().manual_seed(k)).double() for k in (0, 1))
+    a[:, 2] = 0
+    table = divergence(model, [a], [b], ["0"], ESTIMATORS).set_index("estimator")
+    for estimator in ESTIMATORS:
+        x, y = (values_of(t[:, [0, 1, 3, 4]], estimator) for t in (a, b))
+        channels = symmetric_kl(x.mean(0), x.var(0), y.mean(0), y.var(0))
+        np.testing.assert_allclose(table.median_channel[estimator], np.median(channels), rtol=1e-9)
+
+
+def test_places_of_a_model():
+    "Places reach the interval, the null and the folds; the rows of other estimators have none of them."
+    model, (a, b) = small_network(), streams(12, 12)
+    names = list("aabbccddeeff")
+    options = {"estimator": ("sample", "pixel"), "n_resamples": 20, "is_paired": True}
+    plain, grouped = (divergence(model, a.split(5), b.split(4), LAYERS, places=places, **options) for places in (None, names))
+    assert (plain.columns[-5:] == TRUST).all() and grouped[grouped.estimator == "pixel"][TRUST].isna().all(axis=None)
+    means = [torch.cat(measure(model, x.split(5), LAYERS, keep_samples=True).sample_means).split([6, 9], 1)[1] for x in (a, b)]
+    found = find_places(12, 12, True, names)
+    row = grouped.iloc[1]
+    np.testing.assert_allclose(row[["low", "high"]].tolist(), bootstrap(*means, row.divergence, found, 20), rtol=1e-5)
+    np.testing.assert_allclose(row[["null", "p"]].tolist(), null_and_p(permuted_divergence(*means, found, 20)), rtol=1e-5)
+    assert row.domain_error == domain_error(*means, found)
+    assert (plain[["low", "null"]].iloc[:2] != grouped[["low", "null"]].iloc[:2]).all(axis=None)
+    with pytest.raises(ValueError, match="places has 3 names for 12 pairs: wanted 12, one per pair"):
+        divergence(model, [a], [b], LAYERS, places=["a", "b", "c"], **options)
 
 
 def test_resample_that_loses_a_channel():
     "A channel that fires in one sample of ten is dead in a third of the resamples (0.9¹⁰), not infinite."
     a, b = (torch.randn(10, 4, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
     a[1:, 0] = 0
-    value = symmetric_kl(a.mean(0), a.var(0), b.mean(0), b.var(0)).mean().item()
-    low, high = bootstrap(a, b, value, 200)
+    low, high = bootstrap(a, b, divergence_of(a, b), find_places(10, 10))
     assert 0 < low < high < 1e3
 
 
