@@ -1,0 +1,50 @@
+"A place that a run was trained on is not scored, in whatever year it was seen."
+
+import shutil
+from dataclasses import replace
+
+import pytest
+from trees import farm_2020
+
+from agrivision_repro.data import field_of
+from agrivision_repro.runs import Workspace, plan_run
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    "Tiles of a field that is in train, seen in val under the name of other corners."
+    root = farm_2020(tmp_path) / "Agriculture-Vision"
+    name = sorted(path.stem for path in (root / "train/images/rgb").iterdir())[0]
+    moved = f"{field_of(name)}_900-900-964-964"
+    for path in (root / "train").rglob(f"{name}.*"):
+        shutil.copy(path, root / "val" / path.relative_to(root / "train").with_name(moved + path.suffix))
+    return tmp_path, moved
+
+
+def test_places_of_training_tiles_are_not_scored(mixed, tmp_path):
+    folder, moved = mixed
+    workspace, run = Workspace(tmp_path / "out", folder, "cpu"), plan_run("laptop", "agrivision-2020")
+    tiles = workspace.open(run.data, None, "val")
+    assert workspace.left_out(run) == [moved]
+    assert [tile.name for tile in workspace.tiles(run, "val")] == [name for name in tiles.names if name != moved]
+    assert workspace.fields(run) == [field_of(tile.name) for tile in workspace.tiles(run, "val")]
+
+    every = replace(run, shared_places=True)
+    assert workspace.left_out(every) == []
+    assert len(workspace.tiles(every, "val")) == len(tiles) == len(workspace.tiles(run, "val")) + 1
+
+
+def test_nothing_left_to_score(mixed, tmp_path):
+    folder, moved = mixed
+    for path in (folder / "Agriculture-Vision/val").rglob("*.*"):
+        if path.stem != moved:
+            path.unlink()
+    with pytest.raises(ValueError, match="all 1 validation tiles show places of training tiles: split the data by place"):
+        Workspace(tmp_path / "out", folder, "cpu").tiles(plan_run("laptop", "agrivision-2020"), "val")
+
+
+def test_record_names_what_is_left_out(mixed, tmp_path, capsys):
+    folder, moved = mixed
+    result = Workspace(tmp_path / "out", folder, "cpu").result(plan_run("smoke", "agrivision-2020"))
+    assert result.record["left_out"] == [moved]
+    assert f"not scored, as training tiles show their places: {moved} of the validation tiles" in capsys.readouterr().err
