@@ -1,6 +1,6 @@
 # make test        everything that CI checks
 # make test-lab    only the notebooks in JupyterLab, in a real browser (needs chromium and chromedriver)
-# make reproduce   SCALE=smoke|laptop|paper DATA=synthetic|naip-trees|agrivision-{2020,2021,cvpr2020} DATA_ROOT=DIR OUT=DIR TABLES="..."
+# make reproduce   SCALE=smoke|laptop|workstation|paper DATA=synthetic|naip-trees|ag-net|agrivision-{2020,2021,cvpr2020} DATA_ROOT=DIR OUT=DIR TABLES="..."
 # make notebooks   run every notebook, save its outputs, export the package and README.md
 # make export      the same without running
 # make docs        the site: every notebook with its saved outputs, and the API, as pages in _docs/ that fetch nothing

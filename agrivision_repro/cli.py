@@ -20,8 +20,8 @@ from typing import Annotated
 import typer
 
 # %% auto #0
-__all__ = ['app', 'ScaleName', 'RunData', 'DataRoot', 'Out', 'Device', 'Precision', 'runs_app', 'RunId', 'data_app', 'Root',
-           'DataName', 'Workers', 'AsJson', 'TrainingsFolder', 'MapsFolder', 'Submission', 'submission_app',
+__all__ = ['app', 'SCALE_HELP', 'ScaleName', 'RunData', 'DataRoot', 'Out', 'Device', 'Precision', 'runs_app', 'RunId', 'data_app',
+           'Root', 'DataName', 'Workers', 'AsJson', 'TrainingsFolder', 'MapsFolder', 'Submission', 'submission_app',
            'agrivision', 'read_value', 'check_type', 'read_parameters', 'need_notebooks', 'notebook_parameters',
            'made_of', 'is_current', 'run_notebook', 'run_quietly', 'run_notebooks', 'choose_tables', 'reproduce',
            'read_seeds', 'plan_tables', 'train_all', 'refuse_hopeless', 'plan', 'change_fields', 'train',
@@ -182,7 +182,8 @@ def choose_tables(names: list[str]) -> list[str]:
     return list(dict.fromkeys(names)) or list(TABLES)
 
 # %% ../nbs/72_cli.ipynb #cell-12
-ScaleName = Annotated[str, typer.Option("--scale", help="smoke: seconds. laptop: minutes, two cores. paper: 25,000 iterations.")]
+SCALE_HELP = "smoke: seconds. laptop: minutes, two cores. workstation: one GPU, open data. paper: 25,000 iterations."
+ScaleName = Annotated[str, typer.Option("--scale", help=SCALE_HELP)]
 RunData = Annotated[str, typer.Option("--data", help="synthetic, naip-trees, agrivision-{2020,2021,cvpr2020}, or classes:NAME,NAME,…")]
 DataRoot = Annotated[str, typer.Option(help="Folder of the data; not needed for synthetic.")]
 Out = Annotated[str, typer.Option(help="Folder of all results; finished trainings in it are kept.")]

@@ -79,7 +79,10 @@ class Scale:
 
 SCALES = {
     "smoke": Scale(  # seconds: shows that everything runs, learns nothing
-        Recipe(1, 3, 6, lr=0.03, batch_size=4, crop=32, width=1 / 16, is_pretrained=False, recalibrate=4, evaluate_every=5, max_val_tiles=4),
+        Recipe(
+            1, 3, 6, lr=0.03, batch_size=4, crop=32, width=1 / 16, is_pretrained=False,
+            recalibrate=4, evaluate_every=5, max_val_tiles=4,
+        ),
         Farmland(size=64, train_fields=2, val_fields=1, test_fields=1),
     ),
     "laptop": Scale(  # about a minute a run when two run side by side on two cores

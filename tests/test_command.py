@@ -62,7 +62,7 @@ REAL = ["--scale", "smoke", "--data", "agrivision-2020", "--data-root"]
     ("words", "contains"),
     [
         (["--sclae", "smoke"], ["--sclae"]),
-        (["--scale", "huge"], ["scale is 'huge'", "smoke, laptop, paper"]),
+        (["--scale", "huge"], ["scale is 'huge'", "smoke, laptop, workstation, paper"]),
         (["--data", "agrivision"], ["data is 'agrivision'", "naip-trees"]),
         (["--seeds", "1,x"], ["seeds are '1,x'"]),
         (["-p", "lamda2=0"], ["unknown parameter 'lamda2=0'", "lambda2"]),
