@@ -87,10 +87,11 @@ SCALES = {
     ),
     "laptop": Scale(  # about a minute a run when two run side by side on two cores
         Recipe(
-            120, 140, 340, lr=0.1, batch_size=4, crop=128, width=1 / 4, is_pretrained=False,
-            recalibrate=64, evaluate_every=600, max_val_tiles=96,
+            60, 70, 170, lr=0.2, batch_size=8, crop=128, width=1 / 4, is_pretrained=False,
+            recalibrate=64, evaluate_every=500, max_val_tiles=96,
         ),
         Farmland(size=128, train_fields=80, val_fields=48, test_fields=1),
+        {"synthetic": {"warmup": 100, "constant": 117, "decay": 283, "lr": 0.4, "crop": 96}},
     ),
     "workstation": Scale(  # minutes a run on one GPU; not tuned
         Recipe(600, 700, 1_700, lr=0.05, batch_size=16, crop=128, is_pretrained=False, recalibrate=256, evaluate_every=1_000),
