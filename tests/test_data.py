@@ -243,6 +243,8 @@ def spoil_ag_net(fault: str, root: Path) -> None:
     band, label = root / "input_32bit/lc8_2015245_3_44_5.tif", root / "target/cdl_2015245_3_44.tif"
     if fault == "damaged label":
         label.write_bytes(label.read_bytes()[:900])
+    elif fault == "cut band":
+        band.write_bytes(band.read_bytes()[:30_000])
     elif fault == "8-bit band":
         tifffile.imwrite(band, np.full((128, 128), 255, np.uint8))
     elif fault == "another size":
@@ -259,6 +261,7 @@ def spoil_ag_net(fault: str, root: Path) -> None:
     ("fault", "kind", "message"),
     [
         ("damaged label", ("unreadable", "truncated"), "cdl_2015245_3_44.tif cannot be read"),
+        ("cut band", ("unreadable", "truncated"), "_3_44_5.tif cannot be read"),
         ("8-bit band", ("wrong mode",), "_3_44_5.tif is not int32: NIR is clipped in the 8-bit files, so unpack input_32bit, not input"),
         ("another size", ("wrong size",), "_3_44_5.tif is 64×128 pixels, wanted 128×128"),
         ("label of another size", ("wrong size",), "cdl_2015245_3_44.tif is 64×64 pixels, wanted 128×128"),
