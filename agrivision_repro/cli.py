@@ -184,7 +184,7 @@ def choose_tables(names: list[str]) -> list[str]:
 # %% ../nbs/72_cli.ipynb #cell-12
 SCALE_HELP = "smoke: seconds. laptop: minutes, two cores. workstation: one GPU, open data. paper: 25,000 iterations."
 ScaleName = Annotated[str, typer.Option("--scale", help=SCALE_HELP)]
-RunData = Annotated[str, typer.Option("--data", help="synthetic, naip-trees, agrivision-{2020,2021,cvpr2020}, or classes:NAME,NAME,…")]
+RunData = Annotated[str, typer.Option("--data", help="synthetic, naip-trees, ag-net, agrivision-{2020,2021,cvpr2020}, or classes:NAME,…")]
 DataRoot = Annotated[str, typer.Option(help="Folder of the data; not needed for synthetic.")]
 Out = Annotated[str, typer.Option(help="Folder of all results; finished trainings in it are kept.")]
 Device = Annotated[str, typer.Option(help="auto: a GPU if there is one. cpu.")]

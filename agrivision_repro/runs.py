@@ -30,7 +30,7 @@ from torch.utils.data import Subset
 import agrivision_repro
 from .backbones import check_choice
 from .batches import CHANNELS, IMAGENET, SAMPLERS, Feed, Statistics, dataset_statistics, rare_class_weights, thin_out
-from .data import Edition, Tile, Tiles, find_edition, fingerprint
+from .data import Edition, Tile, Tiles, find_edition, fingerprint, places_in_both
 from .deeplab import DeepLabV3Plus
 from .losses import HybridLoss
 from .pack import Counts, PackedTiles, count_tiles, open_split, pack_split
@@ -128,7 +128,7 @@ class Run:
     output_stride: int = 16
     multigrid: bool = True  # dilate layer 4's blocks by 1, 2 and 4 times the rest
     is_switch_synced: bool = False  # over several processes, take SwitchNorm's batch moments over all
-    shared_places: bool = False  # also score validation tiles of places that training tiles show
+    shared_places: str = "val"  # the split that loses the tiles of places in both, `val` or `train`; "keep": neither
     seed: int = 0
 
     @property
@@ -393,32 +393,38 @@ class Workspace:
 
     def tiles(self, run: Run, split: str) -> Sequence[Tile]:
         "Give the tiles that a Run is trained on (`train`) or scored on (`val`)."
-        tiles = self.open(run.data, run.farm, split)
-        return Subset(tiles, self.scored(run)) if split == "val" else tiles
+        limit = run.recipe.max_val_tiles if split == "val" else 0
+        return Subset(self.open(run.data, run.farm, split), thin_out(self.kept(run, split), limit))
 
     def left_out(self, run: Run) -> list[str]:
-        "List the validation tiles of places that training tiles show, which a Run is not scored on."
-        trained, tiles = set(self.open(run.data, run.farm, "train").fields), self.open(run.data, run.farm, "val")
-        return [] if run.shared_places else [n for n, place in zip(tiles.names, tiles.fields, strict=True) if place in trained]
+        "List the tiles that a Run leaves out because train and val both show their places."
+        check_choice("shared_places", run.shared_places, ("val", "train", "keep"))
+        if run.shared_places == "keep":
+            return []
+        train, val = (self.open(run.data, run.farm, split) for split in ("train", "val"))
+        tiles, shared = {"train": train, "val": val}[run.shared_places], places_in_both(train, val)
+        return [name for name, place in zip(tiles.names, tiles.fields, strict=True) if place in shared]
 
-    def scored(self, run: Run) -> Sequence[int]:
-        "List the validation tiles that a Run is scored on, by their position."
-        names, left_out = self.open(run.data, run.farm, "val").names, set(self.left_out(run))
-        if len(left_out) == len(names):
-            raise ValueError(f"all {len(names)} validation tiles show places of training tiles: split the data by place")
-        return thin_out([k for k, name in enumerate(names) if name not in left_out], run.recipe.max_val_tiles)
+    def kept(self, run: Run, split: str) -> list[int]:
+        "List the tiles of a split that a Run uses, by their positions."
+        names, left_out = self.open(run.data, run.farm, split).names, set(self.left_out(run)) if split == run.shared_places else set()
+        if left_out.issuperset(names):
+            other = {"val": "train", "train": "val"}[split]
+            raise ValueError(f"all {len(names)} tiles of {split} show places of {other}: set shared_places={other!r}, or split by place")
+        return [k for k, name in enumerate(names) if name not in left_out]
 
     def fields(self, run: Run) -> list[str]:
         "List the place of each tile that a Run is scored on; the tile itself where names do not tell."
         fields = self.open(run.data, run.farm, "val").fields
-        return [fields[k] for k in self.scored(run)]
+        return [fields[k] for k in thin_out(self.kept(run, "val"), run.recipe.max_val_tiles)]
 
     def feed(self, run: Run, split: str, channels: str = "") -> Feed:
         "Give those tiles with all that decides what the model is shown of them; `channels` other than the Run's to test on."
         check_choice("statistics", run.statistics, ("imagenet", "dataset"))
         check_choice("sampler", run.recipe.sampler, SAMPLERS)
         own = dataset_statistics(self.counts(run.data, run.farm)) if run.statistics == "dataset" else IMAGENET
-        weights = rare_class_weights(self.counts(run.data, run.farm)) if run.recipe.sampler == "rare" else None
+        is_rare = run.recipe.sampler == "rare" and split == "train"
+        weights = rare_class_weights(self.counts(run.data, run.farm))[self.kept(run, split)] if is_rare else None
         return Feed(self.tiles(run, split), channels or run.channels, len(run.edition.classes), own, weights)
 
     def counts(self, data: str, farm: Farmland | None) -> Counts:
@@ -537,7 +543,8 @@ def train_and_score(run: Run, workspace: Workspace, trainer: Trainer, folder: Pa
     n_val, left_out = len(tests[run.test_inputs[0]].tiles), workspace.left_out(run)
     keep(resumed_at=trainer.iteration, statistics=feed.statistics, n_train=len(feed.tiles), n_val=n_val, left_out=left_out)
     if left_out and accelerator.is_main_process:
-        print(f"not scored, as training tiles show their places: {', '.join(left_out)} of the validation tiles", file=sys.stderr)
+        some = ", ".join(left_out[:3]) + (", …" if len(left_out) > 3 else "")
+        print(f"{len(left_out)} tiles of {run.shared_places} are left out, as both splits show their places: {some}", file=sys.stderr)
     accelerator.init_trackers("agrivision_repro", {"title": run.title})
     fit(trainer, feed, state, tests[run.channels if run.channels in tests else run.test_inputs[0]], title, workspace.save_every)
     for tracker in accelerator.trackers:

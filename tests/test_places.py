@@ -29,9 +29,20 @@ def test_places_of_training_tiles_are_not_scored(mixed, tmp_path):
     assert [tile.name for tile in workspace.tiles(run, "val")] == [name for name in tiles.names if name != moved]
     assert workspace.fields(run) == [field_of(tile.name) for tile in workspace.tiles(run, "val")]
 
-    every = replace(run, shared_places=True)
+    every = replace(run, shared_places="keep")
     assert workspace.left_out(every) == []
     assert len(workspace.tiles(every, "val")) == len(tiles) == len(workspace.tiles(run, "val")) + 1
+
+
+def test_training_tiles_left_out_instead(mixed, tmp_path):
+    folder, moved = mixed
+    workspace, run = Workspace(tmp_path / "out", folder, "cpu"), plan_run("laptop", "agrivision-2020", shared_places="train")
+    trained = [tile.name for tile in workspace.tiles(run, "train")]
+    assert moved in [tile.name for tile in workspace.tiles(run, "val")]
+    assert field_of(moved) not in map(field_of, trained)
+    assert sorted(trained + workspace.left_out(run)) == workspace.open(run.data, None, "train").names
+    with pytest.raises(ValueError, match="shared_places is 'both': wanted one of val, train, keep"):
+        workspace.left_out(replace(run, shared_places="both"))
 
 
 def test_nothing_left_to_score(mixed, tmp_path):
@@ -39,7 +50,7 @@ def test_nothing_left_to_score(mixed, tmp_path):
     for path in (folder / "Agriculture-Vision/val").rglob("*.*"):
         if path.stem != moved:
             path.unlink()
-    with pytest.raises(ValueError, match="all 1 validation tiles show places of training tiles: split the data by place"):
+    with pytest.raises(ValueError, match="all 1 tiles of val show places of train: set shared_places='train', or split by place"):
         Workspace(tmp_path / "out", folder, "cpu").tiles(plan_run("laptop", "agrivision-2020"), "val")
 
 
@@ -47,4 +58,4 @@ def test_record_names_what_is_left_out(mixed, tmp_path, capsys):
     folder, moved = mixed
     result = Workspace(tmp_path / "out", folder, "cpu").result(plan_run("smoke", "agrivision-2020"))
     assert result.record["left_out"] == [moved]
-    assert f"not scored, as training tiles show their places: {moved} of the validation tiles" in capsys.readouterr().err
+    assert f"1 tiles of val are left out, as both splits show their places: {moved}" in capsys.readouterr().err
