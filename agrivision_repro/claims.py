@@ -20,12 +20,13 @@ from .runs import Result, Workspace
 from .training import Recipe
 
 # %% auto #0
-__all__ = ['AGREES', 'DISAGREES', 'NOISE', 'UNTESTED', 'S', 'A', 'R', 'TWO', 'THREE', 'EIGHT', 'LOSSES', 'JUDGES', 'BEYOND',
-           'Finding', 'judge_difference', 'judge_ratio', 'judge_correlation', 'Evidence', 'judge_best', 'judge_layers',
-           'judge_depth', 'judge_shares', 'judge_cause', 'judge_claims', 'claims_table']
+__all__ = ['AGREES', 'DISAGREES', 'NOISE', 'UNTESTED', 'MIN_SEEDS', 'S', 'A', 'R', 'TWO', 'THREE', 'EIGHT', 'LOSSES', 'JUDGES',
+           'BEYOND', 'Finding', 'judge_difference', 'judge_ratio', 'judge_correlation', 'Evidence', 'judge_best',
+           'judge_layers', 'judge_depth', 'judge_shares', 'judge_cause', 'judge_claims', 'claims_table']
 
 # %% ../nbs/74_claims.ipynb #cell-05
 AGREES, DISAGREES, NOISE, UNTESTED = "agrees", "disagrees", "within noise", "not tested at this scale"
+MIN_SEEDS = 3  # fewer give no verdict
 
 
 class Finding(NamedTuple):
@@ -171,9 +172,12 @@ def judge_claims(
     "Judge every claim."
     evidence, rows = Evidence(results, workspace), []
     too_short = results[0].run.recipe.iterations < 100  # nothing is learned in so few
+    n_seeds = len({r.run.seed for r in results})
     for claim in CLAIMS:
         finding = Finding(BEYOND[claim.key], UNTESTED) if claim.key in BEYOND else JUDGES[claim.key](evidence)
-        verdict = UNTESTED if too_short else finding.verdict
+        verdict = UNTESTED if too_short or claim.key in BEYOND else finding.verdict
+        if verdict != UNTESTED and n_seeds < MIN_SEEDS:
+            verdict = f"not judged: {n_seeds} of {MIN_SEEDS} seeds"
         rows.append((claim.key, claim.where, claim.sentence, claim.printed, finding.measured, verdict, finding.table))
     return pd.DataFrame(rows, columns=["key", "where", "sentence", "printed", "measured", "verdict", "table"])
 
