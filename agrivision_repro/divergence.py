@@ -23,10 +23,11 @@ from torch.nn.functional import interpolate
 __all__ = ['CPU_CHUNK', 'GPU_CHUNK', 'Layers', 'SHRINKAGE', 'TRUST', 'CURVE_COLORS', 'symmetric_kl', 'batch_mean', 'group_size',
            'Moments', 'merge', 'extend', 'chunks', 'first_pixel', 'sample_moments', 'PixelStream', 'MeanStream',
            'open_stream', 'find_relu_layers', 'resolve_layers', 'EnoughError', 'LayerReader', 'fit_valid',
-           'split_batch', 'Measured', 'measure', 'check_evaluates', 'over_processes', 'divergence_of_alive',
-           'average_alive', 'check_pair', 'Places', 'find_places', 'resampled_moments', 'draw_weights', 'draw_places',
-           'bootstrap', 'sum_places', 'draw_moves', 'moments_of_sums', 'permuted_divergence', 'null_and_p',
-           'linear_scores', 'deal_folds', 'domain_error', 'compare', 'tabulate', 'add_trust', 'divergence', 'stage_of',
+           'masked_moments', 'split_batch', 'Measured', 'measure', 'measure_masks', 'check_channels', 'check_evaluates',
+           'over_processes', 'divergence_of_alive', 'average_alive', 'check_pair', 'Places', 'find_places',
+           'resampled_moments', 'draw_weights', 'draw_places', 'bootstrap', 'sum_places', 'draw_moves',
+           'moments_of_sums', 'permuted_divergence', 'null_and_p', 'linear_scores', 'deal_folds', 'domain_error',
+           'compare', 'tabulate', 'add_trust', 'divergence', 'class_masks', 'divergence_by_class', 'stage_of',
            'mark_stages', 'draw_curve', 'draw_divergence']
 
 # %% ../nbs/40_divergence.ipynb #cell-05
@@ -246,7 +247,7 @@ class EnoughError(Exception):
 
 
 class LayerReader:
-    "Read the moments of named layers of a model while it runs."
+    "Compute the moments of named layers of a model while it runs."
 
     def __init__(
         self,
@@ -270,38 +271,39 @@ class LayerReader:
         def read(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
             if name in self.seen:
                 raise ValueError(f"layer {name} runs more than once a pass: name the module that holds it")
-            self.seen[name] = self.moments_of(name, output)
+            self.seen[name] = self.moments_of(name, output)  # one per mask
             if len(self.seen) == len(self.order):
                 raise EnoughError
 
         return read
 
-    def moments_of(self, name: str, output: Tensor) -> Moments:
+    def moments_of(self, name: str, output: Tensor) -> list[Moments]:
         is_image = isinstance(output, Tensor) and output.is_floating_point() and output.ndim > 1
         if not is_image or len(output) != self.n_samples:
             got = f"{output.dtype} {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
             raise ValueError(f"layer {name} gives {got}: wanted one floating tensor ({self.n_samples}, C, …), so name another layer")
         output = output.movedim(self.channel_dim, 1)
-        return sample_moments(output, None if self.valid is None else fit_valid(self.valid, output.shape[2:], name))
+        return [sample_moments(output) if m is None else masked_moments(output, fit_valid(m, output.shape[2:], name)) for m in self.masks]
 
     def __call__(
         self,
         x: Tensor,  # `(B, …)`
-        valid: Tensor | None = None,  # `(B, H, W)` bool
-    ) -> Moments:  # `(B, C of all layers together)`
-        "Run the model and give the moments of each sample."
-        self.seen, self.n_samples, self.valid = {}, len(x), valid
+        masks: Sequence[Tensor | None] = (None,),  # pixels that count, `(B, H, W)` bool each; None: all
+    ) -> list[Moments]:  # of each mask, `(B, C of all layers together)`
+        "Run the model and return the moments of each sample."
+        self.seen, self.n_samples, self.masks = {}, len(x), masks
         try:
             self.model(x)
         except EnoughError:
             pass
         if missing := set(self.names) - set(self.seen):
             raise ValueError(f"layer {', '.join(sorted(missing))} does not run in the model's forward pass: name one that does")
-        self.order = self.order or {name: m.mean.shape[1] for name, m in self.seen.items()}
-        for name, moments in self.seen.items():
-            if not moments.m2.isfinite().all():
+        self.order = self.order or {name: found[0].mean.shape[1] for name, found in self.seen.items()}
+        for name, found in self.seen.items():
+            if not all(moments.m2.isfinite().all() for moments in found):
                 raise ValueError(f"layer {name} gives values that are not finite: look at its weights and input, or run it in float32")
-        return Moments(*(torch.cat(parts, 1) for parts in zip(*(self.seen[name] for name in self.order), strict=True)))
+        by_mask = zip(*(self.seen[name] for name in self.order), strict=True)
+        return [Moments(*(torch.cat(parts, 1) for parts in zip(*layers, strict=True))) for layers in by_mask]
 
 # %% ../nbs/40_divergence.ipynb #cell-27
 def fit_valid(
@@ -309,16 +311,31 @@ def fit_valid(
     size: Sequence[int],  # of an activation
     layer: str = "",  # its name, for the error
 ) -> Tensor:  # `(B, *size)` bool
-    "Bring the mask of valid pixels to the size of an activation."
+    "Return the mask of valid pixels at the size of an activation."
     if len(size) != 2:
         raise ValueError(f"layer {layer} gives positions of shape {tuple(size)}: valid pixels fit (B, C, H, W) only, so leave them out")
     return interpolate(valid[:, None].float(), size=tuple(size), mode="nearest-exact")[:, 0] > 0
 
 
+def masked_moments(
+    x: Tensor,  # activation, `(B, C, H, W)`
+    valid: Tensor,  # `(B, H, W)` bool
+) -> Moments:  # of each sample, `(B, C)`; count 0 without a valid position
+    "Compute the moments of each sample over valid positions, and read only the samples that have one."
+    is_read = valid.flatten(1).any(1)
+    if is_read.all():
+        return sample_moments(x, valid)
+    moments = [x.new_zeros(x.shape[:2], dtype=torch.float64) for _ in Moments._fields]
+    if is_read.any():
+        for whole, part in zip(moments, sample_moments(x[is_read], valid[is_read]), strict=True):
+            whole[is_read] = part
+    return Moments(*moments)
+
+
 def split_batch(
     batch: Tensor | Sequence[Tensor],  # x, or (x,), or (x, valid)
 ) -> tuple[Tensor, Tensor | None]:  # `(B, …)`, `(B, H, W)` bool
-    "Take input and valid pixels out of a batch."
+    "Return input and valid pixels of a batch."
     x, *rest = [batch] if isinstance(batch, Tensor) else batch
     if rest and (len(rest) > 1 or rest[0].dtype != torch.bool or rest[0].shape != (len(x), *x.shape[2:])):
         got = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in rest)
@@ -346,25 +363,47 @@ def measure(
     channel_dim: int = 1,  # of every layer; -1 for tokens `(B, N, C)`
     n_channels: int = 0,  # that every input must have; 0: as many as the first
 ) -> Measured:  # of all processes together
-    "Run a stream through a model once and take the moments of its layers."
+    "Run a stream through a model once and compute the moments of its layers."
+    masked = ((x, [valid]) for x, valid in map(split_batch, batches))
+    return measure_masks(model, masked, 1, layers, estimators, keep_samples, channel_dim, n_channels)[0]
+
+
+def measure_masks(
+    model: nn.Module,
+    batches: Iterable,  # of x and one mask of valid pixels `(B, H, W)` bool, or None, per reading
+    n_masks: int,  # readings of the same stream
+    layers: Layers | None = None,
+    estimators: Sequence[str] = ("sample",),
+    keep_samples: bool = False,
+    channel_dim: int = 1,
+    n_channels: int = 0,
+) -> list[Measured]:  # one per mask
+    "Run a stream through a model once and compute the moments of its layers under each mask."
     check_evaluates(model)
-    names, streams = resolve_layers(model, layers), {e: open_stream(e) for e in estimators}
-    found, device = Measured({}, {}, n_channels), getattr(next(model.parameters(), None), "device", None)
+    names, device = resolve_layers(model, layers), getattr(next(model.parameters(), None), "device", None)
+    found = [Measured({}, {}, n_channels) for _ in range(n_masks)]
+    streams = [{e: open_stream(e) for e in estimators} for _ in found]
     with LayerReader(model, names, channel_dim) as reader, torch.no_grad():
-        for x, valid in map(split_batch, batches):
-            found.n_channels = found.n_channels or x.shape[1]
-            if x.shape[1] != found.n_channels:
-                channels = f"{found.n_channels} channels, then {x.shape[1]}"
-                raise ValueError(f"inputs have {channels}: both streams must have as many as the model takes")
-            moments = reader(x.to(device), None if valid is None else valid.to(device or x.device))
-            found.n_samples += len(x)
-            for stream in streams.values():
-                stream.update(moments)
-            if keep_samples:
-                found.sample_means.append(moments.mean.where(moments.count > 0, torch.nan).float().cpu())
-    found.layers = reader.order
-    found.moments = {e: Moments(*(t.cpu() for t in s.finish())) for e, s in streams.items() if found.n_samples}
-    return over_processes(found)
+        for x, masks in batches:
+            n_channels = check_channels(x, n_channels)
+            read = reader(x.to(device), [None if mask is None else mask.to(device or x.device) for mask in masks])
+            for moments, own, running in zip(read, found, streams, strict=True):
+                own.n_samples += len(x)
+                for stream in running.values():
+                    stream.update(moments)
+                if keep_samples:
+                    own.sample_means.append(moments.mean.where(moments.count > 0, torch.nan).float().cpu())
+    for own, running in zip(found, streams, strict=True):
+        own.layers, own.n_channels = reader.order, n_channels
+        own.moments = {e: Moments(*(t.cpu() for t in s.finish())) for e, s in running.items() if own.n_samples}
+    return list(map(over_processes, found))
+
+
+def check_channels(x: Tensor, n_channels: int) -> int:  # of x
+    "Raise ValueError unless an input has as many channels as those before, if any."
+    if n_channels and x.shape[1] != n_channels:
+        raise ValueError(f"inputs have {n_channels} channels, then {x.shape[1]}: both streams must have as many as the model takes")
+    return x.shape[1]
 
 
 def check_evaluates(model: nn.Module) -> None:
@@ -690,6 +729,43 @@ def divergence(
     a = measure(model, batches_a, *options)
     b = measure(model, batches_b, *options, a.n_channels)
     return compare(a, b, eps, n_resamples, is_paired, seed, places)
+
+# %% ../nbs/40_divergence.ipynb #class-code
+def class_masks(
+    batches: Iterable,  # of x `(B, C, H, W)`, targets `(B, K, H, W)` bool and valid `(B, H, W)` bool
+    n_classes: int,
+) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:  # x and K masks `(B, H, W)` bool
+    "Yield each input with the valid pixels of every class."
+    for x, targets, valid in batches:
+        if targets.dtype != torch.bool or targets.shape != (len(x), n_classes, *valid.shape[1:]):
+            raise ValueError(f"targets are {targets.dtype} {tuple(targets.shape)}: wanted bool (B, {n_classes}, H, W), one mask per class")
+        yield x, (targets & valid[:, None]).unbind(1)
+
+
+def divergence_by_class(
+    model: nn.Module,  # in evaluation mode
+    batches_a: Iterable,  # of `class_masks`
+    batches_b: Iterable,
+    classes: Sequence[str],  # names, K
+    layers: Layers | None = None,  # see `divergence`, as the others
+    eps: float = 0.0,
+    n_resamples: int = 0,
+    is_paired: bool = False,
+    seed: int = 0,
+    places: Sequence | None = None,
+) -> pd.DataFrame:  # class, samples (of the stream that has fewer), then the columns of `divergence`
+    "Measure how far the pixels of each class are apart in two streams, by the `sample` estimator."
+    options = (len(classes), layers, ("sample",), n_resamples > 0)
+    a, b = (measure_masks(model, class_masks(batches, len(classes)), *options) for batches in (batches_a, batches_b))
+    tables = []
+    for name, own_a, own_b in zip(classes, a, b, strict=True):
+        table = tabulate(own_a, own_b, eps)
+        table = add_trust(table, own_a, own_b, n_resamples, is_paired, places, seed, eps) if n_resamples else table
+        counts = torch.minimum(*(own.moments["sample"].count for own in (own_a, own_b)))
+        samples = [int(layer[0]) for layer in counts.split(list(own_a.layers.values()))]
+        tables.append(table.assign(**{"class": name, "samples": samples}))
+    table = pd.concat(tables, ignore_index=True)
+    return table[["class", "samples", *table.columns.drop(["class", "samples"])]]
 
 # %% ../nbs/40_divergence.ipynb #cell-46
 CURVE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # apart for colour-blind eyes, too

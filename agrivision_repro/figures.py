@@ -16,15 +16,15 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from .batches import Feed, scoring_loader
-from .divergence import CURVE_COLORS, TRUST, batch_mean, divergence, draw_divergence
+from .divergence import CURVE_COLORS, TRUST, batch_mean, divergence, divergence_by_class, draw_divergence
 from .norms import SwitchNorm2d
 from .runs import Result, Workspace
 from .training import replace_file
 
 # %% auto #0
 __all__ = ['ESTIMATORS', 'MODALITIES', 'NETS', 'THIRDS', 'inputs_of', 'read_divergence', 'run_divergence', 'figure2_scores',
-           'average_seeds', 'draw_figure2', 'reduce_curve', 'figure2_medians', 'figure2_table', 'switch_weights',
-           'draw_switch_weights', 'divergence_and_score', 'rank_correlation', 'draw_relation']
+           'average_seeds', 'draw_figure2', 'reduce_curve', 'figure2_medians', 'figure2_table', 'class_divergence',
+           'switch_weights', 'draw_switch_weights', 'divergence_and_score', 'rank_correlation', 'draw_relation']
 
 # %% ../nbs/68_figures.ipynb #cell-05
 ESTIMATORS = ("sample", "pixel", batch_mean(2))
@@ -132,6 +132,19 @@ def figure2_table(
             below = "–" if norm == "bn" else f"{own.below.mean():.0f} of {own.layers.iloc[0]}"
             columns.setdefault(f"Here: trained on {name}, layers below ResNet", {})[NETS[norm]] = below
     return pd.DataFrame(columns).reindex([net for net in NETS.values() if net in next(iter(columns.values()))])
+
+# %% ../nbs/68_figures.ipynb #class-code
+def class_divergence(
+    result: Result,  # of a Run on `rgb` or `nir3`
+    workspace: Workspace,
+    n_resamples: int = 0,  # above 0: with interval, null, p-value and domain error
+) -> pd.DataFrame:  # of `divergence.divergence_by_class`
+    "Measure how far RGB and NIR are apart in each class."
+    feeds = (workspace.feed(result.run, "val", channels) for channels in MODALITIES)
+    loaders = (scoring_loader(feed.tiles, prepare=feed.prepare("cpu")) for feed in feeds)
+    streams = (((batch.x, batch.targets, batch.valid) for batch in loader) for loader in loaders)
+    options = {"n_resamples": n_resamples, "is_paired": True, "places": workspace.fields(result.run)}
+    return divergence_by_class(result.model(), *streams, result.run.edition.classes, **options)
 
 # %% ../nbs/68_figures.ipynb #cell-15
 @torch.no_grad()

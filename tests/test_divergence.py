@@ -23,6 +23,7 @@ from agrivision_repro.divergence import (
     bootstrap,
     compare,
     divergence,
+    divergence_by_class,
     domain_error,
     draw_divergence,
     find_places,
@@ -589,6 +590,42 @@ def test_places_of_a_model():
     assert (plain[["low", "null"]].iloc[:2] != grouped[["low", "null"]].iloc[:2]).all(axis=None)
     with pytest.raises(ValueError, match="places has 3 names for 12 pairs: wanted 12, one per pair"):
         divergence(model, [a], [b], LAYERS, places=["a", "b", "c"], **options)
+
+
+def with_classes(x: torch.Tensor, seed: int) -> list[tuple[torch.Tensor, ...]]:
+    "Batches of x, targets and valid: two classes that overlap, one of few pixels in every third sample, one that does not occur."
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.rand(len(x), 4, *x.shape[2:], generator=generator) < torch.tensor([0.5, 0.3, 0.01, 0.0])[:, None, None]
+    targets[torch.arange(len(x)) % 3 > 0, 2] = False
+    valid = torch.rand(len(x), *x.shape[2:], generator=generator) < 0.8
+    return list(zip(x.split(4), targets.split(4), valid.split(4), strict=True))
+
+
+def test_classes_in_one_pass_are_classes_one_by_one():
+    model, (a, b) = small_network(), streams(12, 12)
+    batches = [with_classes(x, seed) for seed, x in enumerate((a, b))]
+    runs = []
+    model[0].register_forward_hook(lambda *_: runs.append(1))
+    options = {"n_resamples": 10, "is_paired": True, "places": list("aabbccddeeff")}
+    table = divergence_by_class(model, *batches, ("much", "some", "little", "none"), LAYERS, **options)
+    assert len(runs) == 6 and table.columns[0] == "class"  # three batches of each stream
+    for k, name in enumerate(("much", "some")):
+        alone = ([(x, targets[:, k] & valid) for x, targets, valid in stream] for stream in batches)
+        wanted = divergence(model, *alone, LAYERS, **options)
+        own = table[table["class"] == name].reset_index(drop=True)
+        pd.testing.assert_frame_equal(own[wanted.columns], wanted)
+        assert (own.samples == 12).all()
+    little, none = (table[table["class"] == name] for name in ("little", "none"))
+    assert (little.samples <= 4).all() and (little.samples > 0).all()
+    assert (none.samples == 0).all() and none[["divergence", "median_channel", *TRUST]].isna().all(axis=None)
+    assert (none.dead == none.channels).all()
+
+
+def test_targets_must_fit_the_classes():
+    x, targets, valid = with_classes(streams(2, 2)[0], 0)[0]
+    for wrong in (targets[:, :3], targets.float(), targets[..., 1:]):
+        with pytest.raises(ValueError, match=r"wanted bool \(B, 4, H, W\), one mask per class"):
+            divergence_by_class(small_network(), [(x, wrong, valid)], [(x, wrong, valid)], list("abcd"), LAYERS)
 
 
 def test_resample_that_loses_a_channel():
