@@ -13,8 +13,7 @@ from .losses import check_pixels
 
 # %% auto #0
 __all__ = ['GROUP', 'FALSE_POSITIVES', 'READINGS', 'N_BINS', 'iou_from_counts', 'count_pixels', 'ClassMetric', 'CountingIoU',
-           'MultilabelIoU', 'overlap_confusion', 'read_classes', 'ChallengeIoU', 'rank_code', 'AveragePrecision',
-           'background_only']
+           'MultilabelIoU', 'overlap_confusion', 'read_classes', 'ChallengeIoU', 'rank_code', 'AveragePrecision']
 
 # %% ../nbs/32_metrics.ipynb #cell-05
 def iou_from_counts(
@@ -67,14 +66,31 @@ class ClassMetric(Metric):
         with self.sync_context():
             return self.scores()
 
-    def compute(self) -> Tensor:  # scalar float64
+    def average(self, scores: Tensor) -> Tensor:  # scalar float64
         "Average over the classes that occur; the others count `absent`."
-        scores = self.scores()
         return scores.nanmean() if self.absent is None else scores.nan_to_num(self.absent).mean()
+
+    def compute(self) -> Tensor:  # scalar float64
+        return self.average(self.scores())
+
+    def baselines(self) -> Tensor:  # `(C,)` float64
+        "Score a prediction of background everywhere on the same pixels."
+        raise NotImplementedError
+
+    def floor(self) -> Tensor:  # scalar float64
+        "Average what background everywhere scores, over all processes."
+        with self.sync_context():
+            return self.average(self.baselines())
 
 
 class CountingIoU(ClassMetric):
     "Base of the IoU metrics."
+
+    n_valid: Tensor
+
+    def __init__(self, n_classes: int, absent: float | None = None):
+        super().__init__(n_classes, absent)
+        self.add_counts("n_valid", size=())
 
     def counts(self) -> tuple[Tensor, Tensor, Tensor]:
         "Return the pixels found, predicted and labelled, `(C,)` each, so far in this process."
@@ -82,6 +98,15 @@ class CountingIoU(ClassMetric):
 
     def scores(self) -> Tensor:
         return iou_from_counts(*self.counts())
+
+    def background_predicted(self) -> Tensor:
+        "Return the pixels that background counts as predicted if it is predicted everywhere."
+        return self.n_valid
+
+    def baselines(self) -> Tensor:
+        present = self.counts()[2]
+        is_background = torch.arange(self.n_classes, device=present.device) == 0
+        return iou_from_counts(present * is_background, self.background_predicted() * is_background, present)
 
 # %% ../nbs/32_metrics.ipynb #cell-08
 class MultilabelIoU(CountingIoU):
@@ -116,6 +141,7 @@ class MultilabelIoU(CountingIoU):
         self.hits += n_hits.sum(0)
         self.predicted += n_predicted.sum(0)
         self.present += n_present.sum(0)
+        self.n_valid += valid.sum()
 
     def counts(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.hits, self.predicted, self.present
@@ -186,6 +212,10 @@ class ChallengeIoU(CountingIoU):
         self.confusion += overlap_confusion(pred, targets, valid)
         is_miss = valid & targets.any(1) & ~targets.gather(1, pred[:, None])[:, 0]
         self.misses += torch.bincount(pred[is_miss], minlength=self.n_classes)
+        self.n_valid += valid.sum()
+
+    def background_predicted(self) -> Tensor:
+        return self.n_valid if self.false_positives == "once" else self.confusion.sum()
 
     def counts(self) -> tuple[Tensor, Tensor, Tensor]:
         hits = self.confusion.diagonal()
@@ -234,11 +264,6 @@ class AveragePrecision(ClassMetric):
         precision = found / (found + without.cumsum(-1)).clamp(min=1).double()
         return (carrying * precision).sum(-1) / found[:, -1]
 
-# %% ../nbs/32_metrics.ipynb #cell-32
-def background_only(
-    targets: Tensor,  # `(B, C, H, W)`
-) -> Tensor:  # logits that say background everywhere, `(B, C, H, W)`
-    "Predict background and nothing else: the floor that a trained model must clear."
-    logits = torch.full(targets.shape, -1.0, device=targets.device)
-    logits[:, 0] = 1.0
-    return logits
+    def baselines(self) -> Tensor:  # a constant ranks nothing: the share of pixels that carry the class
+        share = self.histogram[1].sum(-1) / self.histogram.sum((0, 2)).double()
+        return share.where(share > 0, torch.nan)

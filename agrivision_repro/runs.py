@@ -249,7 +249,7 @@ class Result:
     checkpoints: dict = field(compare=False)  # scores.json: "last" and "best" → iteration, scores
 
     @property
-    def scores(self) -> dict:  # test input → metric → iou, mean, floor
+    def scores(self) -> dict:  # test input → metric → per_class, mean, floor
         "Scores of the last weights."
         return self.checkpoints["last"]["scores"]
 
@@ -511,7 +511,7 @@ def score_inputs(
     tests: dict[str, Feed],  # test input → tiles
     engine: Engine,
     tta: str = "none",  # a key of `training.TTA`
-) -> tuple[dict, np.ndarray]:  # test input → metric → iou, mean, floor; counts of `read_tiles`
+) -> tuple[dict, np.ndarray]:  # test input → metric → per_class, mean, floor; counts of `read_tiles`
     "Score a model on all its test inputs."
     scored = {channels: score_tiles(model, test, engine, tta) for channels, test in tests.items()}
     return {channels: scores for channels, (scores, _) in scored.items()}, torch.stack([tiles for _, tiles in scored.values()]).numpy()
@@ -608,10 +608,13 @@ def row_of(path: Path) -> dict:  # column → value
     "Describe the Run of a `run.json`."
     record, folder = read_json(path), path.parent
     scores = read_json(folder / "scores.json")["last"]["scores"] if (folder / "scores.json").is_file() else {}
-    means = {channels: 100 * by_metric["multilabel"]["mean"] for channels, by_metric in scores.items()}
+
+    def means(metric: str) -> str:
+        return ", ".join(f"{channels} {100 * by_metric[metric]['mean']:.1f}" for channels, by_metric in scores.items()) or "–"
+
     return {
         "id": folder.name, "title": record["title"], "data": record["run"]["data"], "state": progress_of(folder, record),
-        "age": show_age(time.time() - path.stat().st_mtime), "mIoU, %": ", ".join(f"{c} {m:.1f}" for c, m in means.items()) or "–",
+        "age": show_age(time.time() - path.stat().st_mtime), "mIoU, %": means("multilabel"), "AP, %": means("average_precision"),
         "device": record["device"], "commit": record["commit"][:10] + (" + changes" if record["is_dirty"] else ""),
     }  # fmt: skip
 
@@ -669,7 +672,7 @@ def score_again(
     workspace: Workspace,
     checkpoint: str = "last",  # or "best"
     tta: str = "none",  # a key of `training.TTA`
-) -> dict:  # test input → metric → iou, mean, floor
+) -> dict:  # test input → metric → per_class, mean, floor
     "Score weights in another way; the result is kept in the folder, and the counts of the tiles if it lacks them."
     result, path = read_result(folder), folder / f"scores-{checkpoint}-{tta}.json"
     check_choice("tta", tta, tuple(TTA))

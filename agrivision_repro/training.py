@@ -29,7 +29,7 @@ from tqdm import tqdm
 from .batches import INVERSE, Batch, Feed, SampleStream, scoring_loader, thin_out, training_loader, turn
 from .divergence import CURVE_COLORS
 from .losses import HybridLoss
-from .metrics import AveragePrecision, ChallengeIoU, ClassMetric, MultilabelIoU, background_only
+from .metrics import AveragePrecision, ChallengeIoU, ClassMetric, MultilabelIoU
 from .norms import recalibrate, sync_norms
 
 # %% auto #0
@@ -453,18 +453,16 @@ def score_tiles(
     "Score a model on whole tiles by all metrics, and return what each of the tiles adds."
     if tta not in TTA:
         raise ValueError(f"tta is {tta!r}: wanted one of {', '.join(TTA)}")
-    metrics, floors = ({name: kind(feed.n_classes).to(engine.device) for name, kind in METRICS.items()} for _ in range(2))
+    metrics = {name: kind(feed.n_classes).to(engine.device) for name, kind in METRICS.items()}
     tiles = torch.zeros(len(feed.tiles), feed.n_classes, 2, dtype=torch.int64, device=engine.device)
     share = {"rank": engine.accelerator.process_index, "n_processes": engine.accelerator.num_processes}
     model.eval().to(memory_format=torch.channels_last)  # as in training: other layouts change the logits' last bits, and so the ranking
     for batch in scoring_loader(feed.tiles, prepare=feed.prepare(engine.device), **share):
         logits = sum(turn(engine.predict(model, turn(batch.x, e)).float(), INVERSE[e]) for e in TTA[tta]) / len(TTA[tta])
-        constant = background_only(batch.targets)
-        for name in METRICS:
-            metrics[name].update(logits, batch.targets, batch.valid)
-            floors[name].update(constant, batch.targets, batch.valid)
+        for metric in metrics.values():
+            metric.update(logits, batch.targets, batch.valid)
         tiles[batch.index] = metrics["multilabel"].latest
-    scores = {name: summarise(metrics[name], floors[name]) for name in METRICS}
+    scores = {name: summarise(metric) for name, metric in metrics.items()}
     return scores, engine.accelerator.reduce(tiles, "sum").cpu()  # a process leaves 0 where the tiles are another's
 
 
@@ -478,10 +476,10 @@ def score(
     return score_tiles(model, feed, engine, tta)[0]
 
 
-def summarise(metric: ClassMetric, floor: ClassMetric) -> dict:  # plain numbers, for a JSON file
+def summarise(metric: ClassMetric) -> dict:  # plain numbers, for a JSON file
     "Return a metric's result as plain numbers."
     per_class = [None if value != value else value for value in metric.per_class().tolist()]
-    return {"per_class": per_class, "mean": float(metric.compute()), "floor": float(floor.compute())}
+    return {"per_class": per_class, "mean": float(metric.compute()), "floor": float(metric.floor())}
 
 # %% ../nbs/50_training.ipynb #cell-37
 SAVE_EVERY = 250  # iterations between states, of which the paper's model writes half a gigabyte
