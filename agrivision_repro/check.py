@@ -94,12 +94,13 @@ class Census:
 
     def class_table(self) -> pd.DataFrame:
         "Give pixels, their share of the valid ones in %, and tiles of each class."
-        share = 100 * self.pixels / max(self.n_valid, 1)
-        return pd.DataFrame({"pixels": self.pixels, "share, %": share.round(3), "tiles": self.tiles}, index=list(self.classes))
+        pixels, tiles = (np.zeros(len(self.classes), np.int64) + counts for counts in (self.pixels, self.tiles))  # 0 where no tile was read
+        share = 100 * pixels / max(self.n_valid, 1)
+        return pd.DataFrame({"pixels": pixels, "share, %": share.round(3), "tiles": tiles}, index=list(self.classes))
 
     def channel_table(self) -> pd.DataFrame:
         "Give mean and standard deviation of each channel, of values in [0, 1]."
-        mean, std = mean_and_std(self.n_valid, self.sums, self.squares)
+        mean, std = mean_and_std(self.n_valid, np.zeros(4) + self.sums, np.zeros(4) + self.squares)
         return pd.DataFrame({"mean": mean, "std": std}, index=["R", "G", "B", "NIR"]).round(4)
 
 
@@ -173,9 +174,6 @@ def read_parts(tiles: Tiles, name: str) -> tuple[dict[str, np.ndarray], list[Fau
             faults.append(Fault("missing", where, str(error)))
         except BadFile as error:
             faults.append(Fault(error.kind, where, str(error)))
-        else:
-            if role in tiles.binary_roles and np.any((parts[role] != 0) & (parts[role] != 255)):
-                faults.append(Fault("not binary", where, f"{path} has values other than 0 and 255: unpack it again"))
     return parts, faults
 
 
@@ -253,7 +251,7 @@ def find_strays(tiles: Tiles) -> list[Fault]:
     if not tiles.binary_roles:
         return []
     known = {path for name in tiles.names for role, path in tiles.files(name).items() if role in tiles.binary_roles}
-    found = {path for folder in {path.parent for path in known} for path in folder.glob("*.png")}
+    found = {path for folder in {path.parent for path in known} for path in folder.glob("[!.]*.png")}
     strays = sorted(path for path in found - known if tiles.holds(path.stem))
     message = "belongs to no tile of this split: its RGB image is missing, or it is a leftover"
     return [Fault("without image", str(path.relative_to(tiles.root)), f"{path} {message}") for path in strays]

@@ -269,7 +269,7 @@ class AgricultureVision(Tiles):
         needed = [f"{self.images}/rgb", f"{self.images}/nir", *(f"{self.labels}/{c}" for c in self.label_roles)]
         need_folders(self.root, [f"{home.relative_to(self.root)}/{f}" for home in homes for f in needed], self.layout)
         for home in homes:
-            found |= {path.stem: home for path in (home / self.images / "rgb").glob("*.jpg") if self.holds(path.stem)}
+            found |= {path.stem: home for path in (home / self.images / "rgb").glob("[!.]*.jpg") if self.holds(path.stem)}
         self.home = found
         self.mask_roles = [m for m in self.masks if all((home / m).is_dir() for home in homes)]
         self.unscored_roles = [c for c in self.unscored if self.label_roles and all((h / self.labels / c).is_dir() for h in homes)]
@@ -292,7 +292,11 @@ class AgricultureVision(Tiles):
         }
 
     def load(self, role: str, path: Path, size: tuple[int, int] | None) -> np.ndarray:
-        return read_image(path, "RGB" if role == "rgb" else "L", size)
+        pixels = read_image(path, "RGB" if role == "rgb" else "L", size)
+        if role in self.binary_roles and ((pixels != 0) & (pixels != 255)).any():
+            found = ", ".join(map(str, np.unique(pixels)[:6].tolist()))
+            raise BadFile("not binary", f"{path} holds the values {found}, wanted 0 and 255 only: unpack it again, or save it so")
+        return pixels
 
     def assemble(self, name: str, parts: dict[str, np.ndarray]) -> Tile:
         tile = Tile(name, np.empty((6, *parts["nir"].shape), np.uint8))

@@ -124,6 +124,7 @@ class MultilabelIoU(CountingIoU):
     ):
         super().__init__(n_classes, absent)
         self.threshold = threshold
+        self.add_state("setting", torch.tensor(float(threshold)), dist_reduce_fx="max")  # a MetricCollection merges metrics of equal states
         self.add_counts("hits", "predicted", "present", size=(n_classes,))
         self.latest = torch.zeros(0, n_classes, 2, dtype=torch.int64)  # intersection and union of each tile of the last batch
 
@@ -199,6 +200,7 @@ class ChallengeIoU(CountingIoU):
         if reading not in READINGS:
             raise ValueError(f"reading is {reading!r}: wanted one of {', '.join(READINGS)}")
         self.false_positives, self.reading = false_positives, reading
+        self.add_state("setting", torch.tensor(READINGS.index(reading)), dist_reduce_fx="max")  # as in `MultilabelIoU`
         self.add_counts("confusion", size=(n_classes, n_classes))
         self.add_counts("misses", size=(n_classes,))
 

@@ -204,7 +204,7 @@ def scenes_of(path: Path) -> list[Scene]:
     "List the images that one file or folder stands for."
     if path.is_dir():
         homes = [home for home in (path, path / "test") if all((home / "images" / c).is_dir() for c in ("rgb", "nir"))]
-        found = sorted((homes[0] / "images" / "rgb").glob("*.jpg")) if homes else []
+        found = sorted((homes[0] / "images" / "rgb").glob("[!.]*.jpg")) if homes else []
         if not found:
             raise ValueError(f"{path} holds no pair of images: wanted {WANTED}")
         return [Scene(rgb.stem, rgb) for rgb in found]

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import in_two_processes
+from torchmetrics import MetricCollection
 from torchmetrics.functional.classification import multilabel_average_precision
 
 from agrivision_repro.losses import HybridLoss, bce_loss, check_pixels, dice_loss, lovasz_loss, lovasz_weights
@@ -287,3 +288,18 @@ def test_bad_reading():
 def test_bad_overlap_rule():
     with pytest.raises(ValueError, match="false_positives is 'twice': wanted one of per label, once"):
         ChallengeIoU(3, false_positives="twice")
+
+
+def test_collection_keeps_settings_apart():
+    "A MetricCollection merges metrics whose states are equal after the first update, here one without valid pixels."
+    metrics = {"0": MultilabelIoU(3), "1": MultilabelIoU(3, threshold=1.0)}
+    metrics |= {reading: ChallengeIoU(3, reading=reading) for reading in ("argmax", "gated")}
+    collection, alone = MetricCollection(metrics), {name: metric.clone() for name, metric in metrics.items()}
+    torch.manual_seed(0)
+    for share in (0.0, 0.9):
+        logits, targets = torch.randn(2, 3, 8, 8), torch.rand(2, 3, 8, 8) < 0.4
+        valid = torch.rand(2, 8, 8) < share
+        for metric in (collection, *alone.values()):
+            metric.update(logits, targets, valid)
+    assert collection.compute() == {name: metric.compute() for name, metric in alone.items()}
+    assert len(set(map(float, collection.compute().values()))) == 4

@@ -203,3 +203,11 @@ def test_the_gpu_check_runs(tmp_path):
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert report["failed"] == [] and len(report["parity"]) == 12
     assert report["training"]["float32"]["tiles/s"] > 0 and report["machine"]["precision"]
+
+
+@pytest.mark.parametrize("module", sorted(path.stem for path in (ROOT / "agrivision_repro").glob("[!_]*.py")))
+def test_star_import(module):
+    "`__all__` lists nothing that the module lacks (timm adds the names of registered models to it)."
+    namespace: dict = {}
+    exec(f"from agrivision_repro.{module} import *", namespace)  # noqa: S102
+    assert len(namespace) > 1
