@@ -534,7 +534,7 @@ EDITIONS = {
         ),
         Edition(
             "ag-net", "Landsat farmland with crops", ("background", *CROPS), AgNet,
-            "Ag-Net: Sun et al., MIT; Landsat 8 (USGS), Cropland Data Layer (USDA)", ("target/cdl_*.tif",), "ag-net",
+            "Ag-Net: Z. Sun (2019), MIT; Landsat 8 (USGS), Cropland Data Layer (USDA)", ("target/cdl_*.tif",), "ag-net",
         ),
     )
 }  # fmt: skip

@@ -28,7 +28,7 @@ __all__ = ['CPU_CHUNK', 'GPU_CHUNK', 'Layers', 'SHRINKAGE', 'TRUST', 'CURVE_COLO
            'resampled_moments', 'draw_weights', 'draw_places', 'bootstrap', 'sum_places', 'draw_moves',
            'moments_of_sums', 'permuted_divergence', 'null_and_p', 'linear_scores', 'deal_folds', 'domain_error',
            'compare', 'tabulate', 'add_trust', 'divergence', 'class_masks', 'divergence_by_class', 'stage_of',
-           'mark_stages', 'draw_curve', 'draw_divergence']
+           'mark_stages', 'draw_curve', 'limit_height', 'draw_divergence']
 
 # %% ../nbs/40_divergence.ipynb #cell-05
 def symmetric_kl(
@@ -799,6 +799,20 @@ def draw_curve(ax, label: str, table: pd.DataFrame, color: str) -> None:
         ax.plot(table.depth, table.null, ":", color=color, linewidth=1)
 
 
+def limit_height(
+    axes: Sequence,  # share their y axis, which is logarithmic
+    values: np.ndarray,  # of all curves
+) -> None:
+    "End the axis above nearly all values; a layer beyond, ruled by a nearly dead channel, is marked at the top."
+    top = 20 * np.nanquantile(values, 0.97)
+    if np.nanmax(values) > top:
+        axes[0].set_ylim(top=top)
+        for ax in axes:
+            for line in [line for line in ax.lines if line.get_marker() == "o"]:
+                beyond = [(x, y) for x, y in line.get_xydata() if y > top]
+                ax.plot([x for x, _ in beyond], [top / 1.5 for _ in beyond], "^", color=line.get_color(), markersize=5)
+
+
 def draw_divergence(
     panels: dict[str, dict[str, pd.DataFrame]],  # title → label of a curve → table of `divergence`, one estimator each
     is_log: bool = True,  # logarithmic divergence
@@ -817,6 +831,8 @@ def draw_divergence(
         ax.set(xlabel="layer, counted from the input", yscale="log" if is_log else "linear")
         ax.set_title(title, fontsize=9, pad=16)
         ax.legend(fontsize=7, frameon=False)
+    if is_log:
+        limit_height(axes[0], np.concatenate([table.divergence for curves in panels.values() for table in curves.values()]))
     axes[0, 0].set_ylabel("symmetric KL divergence")
     plt.close(fig)  # a notebook would draw it a second time
     return fig
