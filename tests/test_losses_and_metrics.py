@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import in_two_processes
+from sklearn.metrics import average_precision_score
 from torchmetrics import MetricCollection
 from torchmetrics.functional.classification import multilabel_average_precision
 
@@ -303,3 +304,16 @@ def test_collection_keeps_settings_apart():
             metric.update(logits, targets, valid)
     assert collection.compute() == {name: metric.compute() for name, metric in alone.items()}
     assert len(set(map(float, collection.compute().values()))) == 4
+
+
+def test_average_precision_equals_scikit_learns():
+    "On masked pixels with overlapping labels and ties, class by class."
+    torch.manual_seed(0)
+    logits = torch.randn(3, 4, 16, 16).mul(4).round().div(4)  # ties, exact in bfloat16
+    targets, valid = torch.rand(3, 4, 16, 16) < torch.tensor([0.5, 0.2, 0.05, 0.0])[:, None, None], torch.rand(3, 16, 16) < 0.7
+    metric = AveragePrecision(4)
+    metric.update(logits, targets, valid)
+    wanted = [average_precision_score(targets[:, k][valid].numpy(), logits[:, k][valid].numpy()) for k in range(3)]
+    torch.testing.assert_close(metric.per_class()[:3], torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert metric.per_class()[3].isnan()
+    assert abs(float(metric.compute()) - sum(wanted) / 3) < 1e-12
