@@ -110,7 +110,7 @@ def find_scale(name: str) -> Scale:
 # %% ../nbs/60_runs.ipynb #cell-10
 @dataclass(frozen=True)
 class Run:
-    "One training run, described by everything that determines its result; equal Runs have the same result."
+    "One training run, described by everything that determines its result; two equal Runs are the same training run."
 
     recipe: Recipe
     data: str = "synthetic"  # an edition of `data.EDITIONS`
@@ -128,7 +128,7 @@ class Run:
     output_stride: int = 16
     multigrid: bool = True  # dilate layer 4's blocks by 1, 2 and 4 times the rest
     is_switch_synced: bool = False  # with several processes, compute SwitchNorm's batch moments over all of them
-    shared_places: str = "val"  # the split that leaves out places in both, `val` or `train`; "keep": neither
+    shared_places: str = "val"  # the split without the tiles of places in both, `val` or `train`; "keep": neither
     seed: int = 0
 
     @property
@@ -226,13 +226,13 @@ def read_json(path: Path) -> dict:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): {ANEW}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged (it contains a {type(content).__name__}, wanted a JSON object): {ANEW}")
+        raise ValueError(f"{path} is damaged (it contains {type(content).__name__}, wanted a JSON object): {ANEW}")
     return content
 
 
 @contextmanager
 def refusing(folder: Path) -> Iterator[None]:
-    "Raise ValueError if a record lacks a field or has it in another form."
+    "Raise ValueError if a field of a record is missing or malformed."
     try:
         yield
     except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -305,7 +305,7 @@ def read_tiles(
 
 
 def build_model(run: Run) -> DeepLabV3Plus:
-    "Make the untrained model of a Run."
+    "Make the model of a Run in its initial state."
     torch.manual_seed(run.seed)
     return DeepLabV3Plus(
         len(run.edition.classes), run.depth, run.norm, len(CHANNELS[run.channels]), run.output_stride,
@@ -380,7 +380,7 @@ class Workspace:
         return fingerprint([open_split(data, self.root(data, farm), split) for split in ("train", "val")])
 
     def open(self, data: str, farm: Farmland | None, split: str) -> Tiles | PackedTiles:
-        "Open a split from its pack; a small split without a pack is packed in the folder of results."
+        "Open a split from its pack; a small split without a pack is packed into the results folder."
         tiles = open_split(data, self.root(data, farm), split)
         if isinstance(tiles, PackedTiles) or len(tiles) * tiles[0].image.nbytes > PACK_UP_TO:
             return tiles
