@@ -145,9 +145,9 @@ class Deaf(nn.Module):
 
 
 def test_a_block_that_would_be_drawn_wrong_is_refused():
-    with pytest.raises(ValueError, match="the result of BN 4 goes nowhere"):
+    with pytest.raises(ValueError, match="the output of BN 4 is unused"):
         find_paths(trace_steps(Deaf()))
-    with pytest.raises(ValueError, match="0 steps take several results"):
+    with pytest.raises(ValueError, match="0 steps have several inputs"):
         find_paths(trace_steps(nn.Sequential(nn.Conv2d(1, 1, 1))))
     with pytest.raises(ValueError, match="stage is 5: wanted one of 1, 2, 3, 4"):
         paper_blocks(50, 5)

@@ -66,7 +66,7 @@ def test_nbdev_clean_keeps_the_parameters_tag(tmp_path):
 
 def test_papermill_with_an_unknown_parameter_fails(tmp_path):
     "papermill sets any name that it is given; the notebook itself refuses one that it does not know."
-    with pytest.raises(papermill.PapermillExecutionError, match="unknown parameter lamda2: this notebook knows"):
+    with pytest.raises(papermill.PapermillExecutionError, match="unknown parameter lamda2: this notebook accepts"):
         papermill.execute_notebook(
             str(TABLE_NOTEBOOKS[0]), str(tmp_path / "out.ipynb"), {"lamda2": 0.0}, kernel_name="python3", progress_bar=False
         )

@@ -106,7 +106,7 @@ def without(trained):
 
 def test_an_older_run_says_what_to_do_and_the_command_does_it(trained, without, monkeypatch, capsys):
     workspace, (result, path, content) = trained[0], without
-    with pytest.raises(ValueError, match=rf"tiles.npy is missing.*agrivision runs score {result.folder.name} .* makes it"):
+    with pytest.raises(ValueError, match=rf"tiles.npy is missing.*agrivision runs score {result.folder.name} .* as in training"):
         result.tile_counts()
     words = ["agrivision", "runs", "--out", str(workspace.out), "score", result.folder.name, "--device", "cpu", "--precision", "float32"]
     monkeypatch.setattr(sys, "argv", words)

@@ -58,4 +58,4 @@ def test_record_names_what_is_left_out(mixed, tmp_path, capsys):
     folder, moved = mixed
     result = Workspace(tmp_path / "out", folder, "cpu").result(plan_run("smoke", "agrivision-2020"))
     assert result.record["left_out"] == [moved]
-    assert f"1 tiles of val are left out, as both splits show their places: {moved}" in capsys.readouterr().err
+    assert f"1 tiles of val are left out because both splits show their places: {moved}" in capsys.readouterr().err

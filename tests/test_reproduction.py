@@ -112,8 +112,8 @@ def test_tables_2_and_3(out, name):
         fields["norm"] = "bn" if row.startswith("ResNet") else f"ibn_{re.search(r'Net[0-9]+-([abs])', row)[1]}" if "Net" in row else "ibn_a"
         if weights := re.search(r"λ1 = (\d), λ2 = (\d)", row):
             fields |= {"dice": float(weights[1]), "lovasz": float(weights[2])}
-        if light := re.search(r", (RGB and red again|RGB alone|NIR alone)", row):
-            fields["channels"] = {"RGB and red again": "rgbr", "RGB alone": "rgb", "NIR alone": "nir3"}[light[1]]
+        if light := re.search(r", (RGB with red repeated|RGB alone|NIR alone)", row):
+            fields["channels"] = {"RGB with red repeated": "rgbr", "RGB alone": "rgb", "NIR alone": "nir3"}[light[1]]
         own = scores_of(out, **fields)[fields["channels"]][metric]
         found = cells["mean"].to_numpy()
         wanted = [*own["per_class"], own["mean"]]

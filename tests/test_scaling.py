@@ -144,7 +144,7 @@ def test_a_signal_to_a_worker_is_no_failure(tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(Interrupted, match="stopped by SIGTERM; the same command goes on from its saved state"):
+    with pytest.raises(Interrupted, match="stopped by SIGTERM; the same command resumes from its saved state"):
         train_one(run, {"out": str(tmp_path), "device": "cpu"}, 2, torch.get_num_threads())
     assert saved_iteration(folder) > 0
 

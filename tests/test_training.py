@@ -80,7 +80,7 @@ def test_two_processes_want_one_run(tmp_path):
     printed = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], printed
     assert printed[0][0] == printed[1][0]
-    assert sum("another process trains the Run" in err for _, err in printed) == 1
+    assert sum("another process is training the Run" in err for _, err in printed) == 1
     assert len(list(tmp_path.glob("runs/*"))) == 1 and list_runs(tmp_path).state.tolist() == ["finished"]
 
 
