@@ -142,9 +142,9 @@ def class_divergence(
     "Measure the divergence of RGB and NIR in each class."
     feeds = (workspace.feed(result.run, "val", channels) for channels in MODALITIES)
     loaders = (scoring_loader(feed.tiles, prepare=feed.prepare("cpu")) for feed in feeds)
-    streams = (((batch.x, batch.targets, batch.valid) for batch in loader) for loader in loaders)
+    a, b = (((batch.x, batch.targets, batch.valid) for batch in loader) for loader in loaders)
     options = {"n_resamples": n_resamples, "is_paired": True, "places": workspace.fields(result.run)}
-    return divergence_by_class(result.model(), *streams, result.run.edition.classes, **options)
+    return divergence_by_class(result.model(), a, b, result.run.edition.classes, **options)
 
 # %% ../nbs/68_figures.ipynb #cell-15
 @torch.no_grad()

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -394,7 +395,7 @@ class Workspace:
     def tiles(self, run: Run, split: str) -> Sequence[Tile]:
         "Return the tiles that a Run is trained on (`train`) or scored on (`val`)."
         limit = run.recipe.max_val_tiles if split == "val" else 0
-        return Subset(self.open(run.data, run.farm, split), thin_out(self.kept(run, split), limit))
+        return cast(Sequence[Tile], Subset(self.open(run.data, run.farm, split), thin_out(self.kept(run, split), limit)))  # type: ignore[arg-type]
 
     def left_out(self, run: Run) -> list[str]:
         "List the tiles that a Run leaves out because train and val both show their places."

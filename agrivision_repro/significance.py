@@ -97,15 +97,16 @@ def paired_effect(
     seed: int = 0,  # of the drawing
 ) -> Effect:  # points of mIoU
     "Estimate what `b` gains over `a`."
-    a, b = stack_seeds(a, "a"), stack_seeds(b, "b")
-    if a.shape != b.shape:
-        raise ValueError(f"a holds counts of {tuple(a.shape)}, b of {tuple(b.shape)}: both must have the same seeds, tiles and classes")
-    counts = sum_groups(torch.cat([a, b]), groups).numpy()
+    ours, theirs = stack_seeds(b, "b"), stack_seeds(a, "a")
+    if ours.shape != theirs.shape:
+        shapes = f"a has counts of {tuple(theirs.shape)}, b of {tuple(ours.shape)}"
+        raise ValueError(f"{shapes}: both must have the same seeds, tiles and classes")
+    counts = sum_groups(torch.cat([theirs, ours]), groups).numpy()
     classes = (counts.sum(0)[..., 1] > 0).all(0)
 
     def gains(sums: np.ndarray) -> np.ndarray:  # `(…, 2S, C, 2)` to `(…, S)`
         iou = 100 * (sums[..., 0] / sums[..., 1]).mean(-1)
-        return iou[..., len(a) :] - iou[..., : len(a)]
+        return iou[..., len(ours) :] - iou[..., : len(ours)]
 
     drawn = gains(draw_fields(counts[:, :, classes], n_resamples, np.random.default_rng(seed))).mean(-1)
     n_fields = len(counts)
