@@ -34,7 +34,7 @@ def git_id(
     kind: str,  # "blob" (a file) or "tree" (a folder)
     content: bytes,
 ) -> str:  # 40 hexadecimal digits
-    "Compute the id that git gives to content."
+    "Compute git's id of content."
     return hashlib.sha1(f"{kind} {len(content)}\0".encode() + content, usedforsecurity=False).hexdigest()
 
 # %% ../nbs/18_fetch.ipynb #cell-09
@@ -147,7 +147,7 @@ def open_source(source: str, room: Path, pinned: Source, shows_progress: bool = 
 # %% ../nbs/18_fetch.ipynb #cell-20
 @contextmanager
 def workshop(folder: Path) -> Iterator[Path]:  # an empty folder on the same disk
-    "Yield a hidden folder beside a new one to this process alone, and remove it at the end."
+    "Yield a hidden folder beside a new one, locked for this process, and remove it at the end."
     hidden = nearest_folder(folder.parent) / f".{folder.name}.part"
     hidden.mkdir(exist_ok=True)
     try:
@@ -180,9 +180,9 @@ def collect(source: str, room: Path, pinned: Source, shows_progress: bool = Fals
 def fetch_data(
     name: str,  # a key of `SOURCES`
     folder: str | Path,  # a new folder; an existing one is kept if every file in it is the pinned one
-    source: str | Path = "",  # a copy of your own: a folder, an archive, or the URL of one; "": GitHub
+    source: str | Path = "",  # your own copy: a folder, an archive, or the URL of one; "": GitHub
     n_workers: int = 0,  # processes of the check; 0: one per core
-    shows_progress: bool = False,  # bars on stderr
+    shows_progress: bool = False,  # progress bars on stderr
 ) -> CheckReport:
     "Fetch an open data set, completely or not at all, verify every byte, and check it."
     if name not in SOURCES:
