@@ -394,9 +394,9 @@ def unpack_archive(
     "Unpack an archive into a new folder, completely or not at all."
     path, folder = Path(path), Path(folder).absolute()
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: name the archive")
+        raise FileNotFoundError(f"{path} is missing: pass the path of the archive")
     if folder.exists():
-        raise FileExistsError(f"{folder} exists: name a folder that does not")
+        raise FileExistsError(f"{folder} exists: choose a folder that does not")
     try:
         needed = sum(list_members(path).values())
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
@@ -404,7 +404,7 @@ def unpack_archive(
     free = shutil.disk_usage(nearest_folder(folder)).free
     if needed > free:
         room = f"{path} needs {needed / 1e9:.1f} GB, {folder.parent} has {free / 1e9:.1f} GB left"
-        raise ValueError(f"{room}: make room or name another disk")
+        raise ValueError(f"{room}: free space or choose another disk")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as workshop:
         shutil.unpack_archive(path, Path(workshop) / "all", **({"filter": "data"} if tarfile.is_tarfile(path) else {}))

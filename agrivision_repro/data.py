@@ -63,7 +63,7 @@ def pack_labels(
 ) -> np.ndarray:  # label bits, `(H, W)` uint8
     "Pack one mask per class into one byte per pixel."
     if not 1 <= len(masks) <= 8:
-        raise ValueError(f"got {len(masks)} masks: one byte holds 1 to 8 classes, so name at most 8")
+        raise ValueError(f"got {len(masks)} masks: one byte holds 1 to 8 classes, so pass at most 8")
     bits = np.zeros(masks[0].shape, np.uint8)
     for k, mask in enumerate(masks):
         bits |= mask * np.uint8(1 << k)  # NumPy multiplies bytes six times as fast as it shifts them
@@ -153,7 +153,7 @@ class Tiles(Sequence):
         self.root, self.split, self.classes, self.unscored = Path(root), split, classes, unscored
         self.names = self.find_names()
         if not self.names:
-            raise ValueError(f"{self.root} holds no tile of the split {split!r}: unpack the archive again")
+            raise ValueError(f"{self.root} has no tiles of the split {split!r}: unpack the archive again")
 
     @property
     def fields(self) -> list[str]:
@@ -230,13 +230,13 @@ AGRIVISION_2021 = (
 def need_folders(root: Path, folders: Sequence[str], layout: str) -> None:
     "Raise one error that lists every folder that a layout needs and `root` lacks."
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder: give the folder that holds the data")
+        raise FileNotFoundError(f"{root} is not a folder: pass the folder that contains the data")
     missing = [f for f in folders if not (root / f).is_dir()]
     if missing:
         found = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
         raise FileNotFoundError(
-            f"{root} lacks {', '.join(missing)} of the layout {layout!r} (it holds: {found}): "
-            f"give the folder that holds {folders[0]}, or name another data set"
+            f"{root} lacks {', '.join(missing)} of the layout {layout!r} (it contains: {found}): "
+            f"pass the folder that contains {folders[0]}, or choose another data set"
         )
 
 
@@ -295,7 +295,7 @@ class AgricultureVision(Tiles):
         pixels = read_image(path, "RGB" if role == "rgb" else "L", size)
         if role in self.binary_roles and ((pixels != 0) & (pixels != 255)).any():
             found = ", ".join(map(str, np.unique(pixels)[:6].tolist()))
-            raise BadFile("not binary", f"{path} holds the values {found}, wanted 0 and 255 only: unpack it again, or convert it")
+            raise BadFile("not binary", f"{path} has the values {found}, wanted 0 and 255 only: unpack it again, or convert it")
         return pixels
 
     def assemble(self, name: str, parts: dict[str, np.ndarray]) -> Tile:
@@ -396,7 +396,7 @@ class UrbanTrees(Tiles):
         return Tile.of(name, pixels.transpose(2, 0, 1), labels.astype(np.uint8), np.ones(labels.shape, bool))
 
     def read_points(self, path: Path) -> np.ndarray:
-        "Read tree centres `(N, 2)`."
+        "Read tree centers `(N, 2)`."
         try:
             points = pd.read_csv(path)[["x", "y"]].to_numpy(float)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -568,7 +568,7 @@ def detect_edition(
         if all(any(home_of(edition, Path(root)).glob(clue)) for clue in edition.clues):
             return name
     found = ", ".join(sorted(p.name for p in Path(root).iterdir())[:8]) or "nothing"
-    raise ValueError(f"{root} looks like none of {', '.join(EDITIONS)} (it holds: {found}): name the data, or classes:NAME,NAME,…")
+    raise ValueError(f"{root} looks like none of {', '.join(EDITIONS)} (it contains: {found}): pass its name, or classes:NAME,NAME,…")
 
 # %% ../nbs/10_data.ipynb #cell-30
 def open_tiles(

@@ -122,7 +122,7 @@ def download(url: str, path: Path, shows_progress: bool = False) -> None:
             if size and file.tell() != size:
                 raise ValueError(f"it ended after {file.tell()} of {size} bytes")
     except (OSError, HTTPException, ValueError) as error:
-        remedy = "try again, or download it by other means and name the file by --source"
+        remedy = "try again, or download it by other means and pass the file with --source"
         raise OSError(f"{url} cannot be fetched ({str(error) or type(error).__name__}): {remedy}") from error
 
 
@@ -142,7 +142,7 @@ def open_source(source: str, room: Path, pinned: Source, shows_progress: bool = 
     for root in (folder, *sorted(folder.iterdir())):
         if not find_missing(root, pinned):
             return root
-    raise ValueError(f"{source} is no copy of {pinned.repository}: wanted a folder with {', '.join(pinned.parts)}")
+    raise ValueError(f"{source} is not a copy of {pinned.repository}: wanted a folder with {', '.join(pinned.parts)}")
 
 # %% ../nbs/18_fetch.ipynb #cell-20
 @contextmanager
@@ -169,7 +169,7 @@ def collect(source: str, room: Path, pinned: Source, shows_progress: bool = Fals
     try:
         whole = shutil.copytree(root, room / "whole", ignore=shutil.ignore_patterns(*IGNORED), copy_function=transfer)
     except shutil.Error as error:  # one reason per file
-        raise OSError(f"{source} cannot be copied ({error.args[0][0][2]}): make room or name another disk") from error
+        raise OSError(f"{source} cannot be copied ({error.args[0][0][2]}): free space or choose another disk") from error
     for subfolder, _, _ in os.walk(whole):
         os.chmod(subfolder, 0o755)  # the source's may be read-only
     if differences := find_differences(whole, pinned, shows_progress):
@@ -195,7 +195,7 @@ def fetch_data(
             os.rename(whole, folder)
     elif differences := find_differences(folder, pinned, shows_progress):
         what = f"{folder} exists, but is not commit {pinned.commit[:7]} of {pinned.repository} ({differences})"
-        raise FileExistsError(f"{what}: name a folder that does not exist, or remove this one")
+        raise FileExistsError(f"{what}: choose a folder that does not exist, or remove this one")
     print(f"{folder}: all {pinned.n_files} files are those of commit {pinned.commit[:7]}")
     report = check_data(folder, name, n_workers, shows_progress)
     print(report.as_text(), f"{edition.credit} ({pinned.repository})", sep="\n\n")

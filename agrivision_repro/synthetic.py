@@ -337,7 +337,7 @@ def tiles_across(tiles_per_field: int) -> int:
     "Return the number of tiles per side of a field's square of tiles."
     n = isqrt(max(tiles_per_field, 0))
     if n * n != tiles_per_field or n == 0:
-        raise ValueError(f"tiles_per_field is {tiles_per_field}: a field is a square of tiles, so give 1, 4, 9 or 16")
+        raise ValueError(f"tiles_per_field is {tiles_per_field}: a field is a square of tiles, so choose 1, 4, 9 or 16")
     return n
 
 
@@ -390,9 +390,9 @@ class Farmland:
     def __post_init__(self):
         for name, value in asdict(self).items():
             if not isinstance(value, int) or value < (0 if name == "seed" else 1):
-                raise ValueError(f"{name} is {value!r}: wanted a whole number from {int(name != 'seed')} on")
+                raise ValueError(f"{name} is {value!r}: wanted an integer, {int(name != 'seed')} or more")
         if self.size < 32 or self.size % 16:
-            raise ValueError(f"size is {self.size}: wanted a multiple of 16 from 32 on, such as 128 or 512")
+            raise ValueError(f"size is {self.size}: wanted a multiple of 16, at least 32, such as 128 or 512")
         tiles_across(self.tiles_per_field)
 
     def describe(self) -> dict[str, int]:
@@ -451,7 +451,7 @@ def holds_farm(root: Path, farm: Farmland) -> bool:
     note = root / "farmland.json"
     found = note.read_text() if note.is_file() else "no farmland.json"
     if found != json.dumps(farm.describe()):
-        raise ValueError(f"{root} holds something other than this synthetic data set ({found[:200]}): name another folder or remove it")
+        raise ValueError(f"{root} holds something other than this synthetic data set ({found[:200]}): choose another folder or remove it")
     return True
 
 # %% ../nbs/12_synthetic.ipynb #cell-67
