@@ -34,7 +34,7 @@ def git_id(
     kind: str,  # "blob" (a file) or "tree" (a folder)
     content: bytes,
 ) -> str:  # 40 hexadecimal digits
-    "Compute the id that git gives to content."
+    "Compute git's id of content."
     return hashlib.sha1(f"{kind} {len(content)}\0".encode() + content, usedforsecurity=False).hexdigest()
 
 # %% ../nbs/18_fetch.ipynb #cell-09
@@ -122,7 +122,7 @@ def download(url: str, path: Path, shows_progress: bool = False) -> None:
             if size and file.tell() != size:
                 raise ValueError(f"it ended after {file.tell()} of {size} bytes")
     except (OSError, HTTPException, ValueError) as error:
-        remedy = "try again, or download it by other means and name the file by --source"
+        remedy = "try again, or download it by other means and pass the file with --source"
         raise OSError(f"{url} cannot be fetched ({str(error) or type(error).__name__}): {remedy}") from error
 
 
@@ -142,12 +142,12 @@ def open_source(source: str, room: Path, pinned: Source, shows_progress: bool = 
     for root in (folder, *sorted(folder.iterdir())):
         if not find_missing(root, pinned):
             return root
-    raise ValueError(f"{source} is no copy of {pinned.repository}: wanted a folder with {', '.join(pinned.parts)}")
+    raise ValueError(f"{source} is not a copy of {pinned.repository}: wanted a folder with {', '.join(pinned.parts)}")
 
 # %% ../nbs/18_fetch.ipynb #cell-20
 @contextmanager
 def workshop(folder: Path) -> Iterator[Path]:  # an empty folder on the same disk
-    "Yield a hidden folder beside a new one to this process alone, and remove it at the end."
+    "Yield a hidden folder beside a new one, locked for this process, and remove it at the end."
     hidden = nearest_folder(folder.parent) / f".{folder.name}.part"
     hidden.mkdir(exist_ok=True)
     try:
@@ -169,7 +169,7 @@ def collect(source: str, room: Path, pinned: Source, shows_progress: bool = Fals
     try:
         whole = shutil.copytree(root, room / "whole", ignore=shutil.ignore_patterns(*IGNORED), copy_function=transfer)
     except shutil.Error as error:  # one reason per file
-        raise OSError(f"{source} cannot be copied ({error.args[0][0][2]}): make room or name another disk") from error
+        raise OSError(f"{source} cannot be copied ({error.args[0][0][2]}): free space or choose another disk") from error
     for subfolder, _, _ in os.walk(whole):
         os.chmod(subfolder, 0o755)  # the source's may be read-only
     if differences := find_differences(whole, pinned, shows_progress):
@@ -180,9 +180,9 @@ def collect(source: str, room: Path, pinned: Source, shows_progress: bool = Fals
 def fetch_data(
     name: str,  # a key of `SOURCES`
     folder: str | Path,  # a new folder; an existing one is kept if every file in it is the pinned one
-    source: str | Path = "",  # a copy of your own: a folder, an archive, or the URL of one; "": GitHub
+    source: str | Path = "",  # your own copy: a folder, an archive, or the URL of one; "": GitHub
     n_workers: int = 0,  # processes of the check; 0: one per core
-    shows_progress: bool = False,  # bars on stderr
+    shows_progress: bool = False,  # progress bars on stderr
 ) -> CheckReport:
     "Fetch an open data set, completely or not at all, verify every byte, and check it."
     if name not in SOURCES:
@@ -195,7 +195,7 @@ def fetch_data(
             os.rename(whole, folder)
     elif differences := find_differences(folder, pinned, shows_progress):
         what = f"{folder} exists, but is not commit {pinned.commit[:7]} of {pinned.repository} ({differences})"
-        raise FileExistsError(f"{what}: name a folder that does not exist, or remove this one")
+        raise FileExistsError(f"{what}: choose a folder that does not exist, or remove this one")
     print(f"{folder}: all {pinned.n_files} files are those of commit {pinned.commit[:7]}")
     report = check_data(folder, name, n_workers, shows_progress)
     print(report.as_text(), f"{edition.credit} ({pinned.repository})", sep="\n\n")

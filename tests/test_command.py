@@ -80,7 +80,7 @@ def test_bad_parameter(words, contains, tmp_path, mistake):
 
 def test_another_layout(tmp_path, mistake):
     (tmp_path / "data" / "pictures").mkdir(parents=True)
-    mistake(tmp_path / "out", *REAL, tmp_path / "data", contains=["lacks train/images/rgb", "it holds: pictures"])
+    mistake(tmp_path / "out", *REAL, tmp_path / "data", contains=["lacks train/images/rgb", "it contains: pictures"])
 
 
 def plant(tree, fault):

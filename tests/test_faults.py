@@ -73,7 +73,7 @@ def test_other_codes_are_refused(farm, folder, convert):
     "Labels or masks coded 0 and 1 would read as empty: refused when read, named by the check."
     change(farm / "train" / folder, convert)
     tiles = open_tiles("agrivision-2020", farm, "train")
-    with pytest.raises(BadFile, match=rf"{folder}/.* holds the values (0, )?1, wanted 0 and 255 only"):
+    with pytest.raises(BadFile, match=rf"{folder}/.* has the values (0, )?1, wanted 0 and 255 only"):
         [tiles[k] for k in range(len(tiles))]
     assert {fault.kind for fault in check_data(farm, "agrivision-2020", 1).faults} == {"not binary"}
 

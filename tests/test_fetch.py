@@ -311,9 +311,9 @@ def test_archive_that_writes_outside(name, tmp_path, refused):
 
 def test_sources_that_are_none(upstream, tmp_path, refused):
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", f"empty is no copy of {upstream.url}: wanted a folder with README.md, csv/, images/")
-    refused(tmp_path / "none.zip", "none.zip is missing: name the archive", error=FileNotFoundError)
-    remedy = "try again, or download it by other means and name the file by --source"
+    refused(tmp_path / "empty", f"empty is not a copy of {upstream.url}: wanted a folder with README.md, csv/, images/")
+    refused(tmp_path / "none.zip", "none.zip is missing: pass the path of the archive", error=FileNotFoundError)
+    remedy = "try again, or download it by other means and pass the file with --source"
     refused("ftps://nowhere.invalid/x", "cannot be fetched", remedy, error=OSError)
     refused("http://127.0.0.1:9/x.zip", "x.zip cannot be fetched", remedy, error=OSError)
     refused(f"{upstream.url}/page.html", "page.html cannot be fetched (HTTP Error 404", remedy, error=OSError)
@@ -330,13 +330,13 @@ def test_connection_lost(send, says, upstream, refused):
 def test_no_room(upstream, refused, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(check.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-        refused("", f"{upstream.commit}.tar.gz needs", "make room or name another disk")
+        refused("", f"{upstream.commit}.tar.gz needs", "free space or choose another disk")
 
     def fails(*paths):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(fetch.shutil, "copyfile", fails)
-    refused(upstream.root, "No space left on device): make room or name another disk", error=OSError)
+    refused(upstream.root, "No space left on device): free space or choose another disk", error=OSError)
 
 
 SCRIPT = "import sys\nfrom agrivision_repro.fetch import *\nSOURCES['naip-trees'] = {}\nfetch_data('naip-trees', sys.argv[1], n_workers=1)"
@@ -375,7 +375,7 @@ def test_command(upstream, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, "naip-trees", "--workers", "1") == 0
     assert "0 faults" in capsys.readouterr().out and is_commit(tmp_path / "naip-trees", upstream)
     assert run(monkeypatch, "naip-trees", "--out", tmp_path / "new", "--source", tmp_path / "none.zip") == 2
-    assert capsys.readouterr().err == f"agrivision: {tmp_path / 'none.zip'} is missing: name the archive\n"
+    assert capsys.readouterr().err == f"agrivision: {tmp_path / 'none.zip'} is missing: pass the path of the archive\n"
     assert run(monkeypatch, "agrivision-2020", "--out", tmp_path / "new") == 2
     assert "wanted naip-trees or ag-net; Agriculture-Vision is available from its authors" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["naip-trees"]
@@ -407,7 +407,7 @@ def test_real_chips(tmp_path, monkeypatch):
     assert f"urban-tree-detection-data @ {commit[:7]})" in (NAIP / "README.md").read_text()
     root = shutil.copytree(NAIP, tmp_path / "repository", copy_function=shutil.copyfile)
     root.chmod(0o755)
-    with pytest.raises(ValueError, match="is no copy of https://github.com/jonathanventura/.*wanted a folder with README.md, csv/"):
+    with pytest.raises(ValueError, match="is not a copy of https://github.com/jonathanventura/.*wanted a folder with README.md, csv/"):
         fetch_trees(tmp_path / "trees", root)
     entries = read_entries(root, executables=False)
     commit_all(root)
