@@ -215,7 +215,7 @@ def find_relu_layers(
             blocks = [f"{s}.{block}" for s in stages for block, _ in module.get_submodule(s).named_children()]
             return [f"{name}.{layer}" if name else layer for layer in (stem, *blocks)]
     outline = ", ".join(child for child, _ in model.named_children())
-    raise ValueError(f"{type(model).__name__} contains no ResNet (act1 or relu, layer1 to layer4): name its layers, its modules are {outline}")
+    raise ValueError(f"{type(model).__name__} contains no ResNet (act1 or relu, layer1 to layer4): name layers, its modules are {outline}")
 
 
 Layers = Sequence[str] | str | Callable[[str, nn.Module], bool]
@@ -223,7 +223,7 @@ Layers = Sequence[str] | str | Callable[[str, nn.Module], bool]
 
 def resolve_layers(
     model: nn.Module,
-    layers: Layers | None = None,  # module names; a regular expression for full names; predicate on (name, module); None: `find_relu_layers`
+    layers: Layers | None = None,  # module names; regular expression for full names; predicate on (name, module); None: `find_relu_layers`
 ) -> list[str]:  # module names, at least one
     "List the layers to measure; raises ValueError for a name that is not in the model."
     if layers is None:

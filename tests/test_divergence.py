@@ -322,7 +322,7 @@ class Odd(nn.Module):
         ({"layers": ["0.3"]}, r"no layer of the model matches 0\.3: wanted module names such as 0\."),
         ({"layers": "nothing.*"}, r"matches nothing\.\*"),
         ({"layers": []}, "matches an empty list"),
-        ({"layers": None}, "Sequential contains no ResNet .* name its layers, its modules are 0, 1, 2, 3"),
+        ({"layers": None}, "Sequential contains no ResNet .* name layers, its modules are 0, 1, 2, 3"),
         ({"batches_b": [torch.randn(4, 4, 20, 20).double()]}, "inputs have 3 channels, then 4: both streams must have as many"),
         ({"batches_a": [torch.randn(1, 3, 20, 20).double()]}, "batches_a has 1 samples: a variance needs 2 or more"),
         ({"batches_b": iter([])}, "batches_b has 0 samples.*an iterator can be read only once"),
@@ -333,7 +333,7 @@ class Odd(nn.Module):
         ({"batches_a": [torch.full((2, 3, 20, 20), torch.inf).double()]}, "layer 0 returns values that are not finite"),
         (
             {"batches_a": [(torch.randn(2, 3, 20, 20).double(), torch.tensor([1, 0]))]},
-            r"a batch holds torch.int64 \(2,\): wanted x, or \(x, valid\)",
+            r"a batch has torch.int64 \(2,\): wanted x, or \(x, valid\)",
         ),
     ],
 )
@@ -349,7 +349,7 @@ def test_bad_layers():
     for layer, says in (
         ("pair", r"layer pair returns a tuple: wanted one floating tensor \(3, C, …\)"),
         ("idle", "layer idle does not run in the model's forward pass"),
-        ("flat", r"layer flat gives torch.float32 \(12,\)"),
+        ("flat", r"layer flat returns torch.float32 \(12,\)"),
     ):
         with pytest.raises(ValueError, match=re.escape(says) if "(" not in says else says):
             divergence(Odd().eval(), [x], [x], [layer])
