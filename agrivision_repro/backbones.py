@@ -140,7 +140,7 @@ IMAGENET_URLS |= {(depth, "ibn_s"): IMAGENET_URLS[depth, "ibn_a"] for depth in (
 def fetch_checkpoint(
     url: str,  # ends in `-<8 hex digits>.pth`
 ) -> dict[str, Tensor]:  # state dict
-    "Read a public checkpoint from the torch.hub cache, downloading it first if needed; raises ValueError if its hash is wrong."
+    "Read a public checkpoint from the torch.hub cache, downloading it if needed; raises ValueError if that fails or its hash is wrong."
     name = url.rsplit("/", 1)[1]
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     prefix = re.search(r"-([0-9a-f]{8})\.pth$", name)[1]

@@ -19,7 +19,7 @@ __all__ = ['GROUP', 'FALSE_POSITIVES', 'READINGS', 'N_BINS', 'iou_from_counts', 
 def iou_from_counts(
     hits: Tensor,  # correctly predicted pixels of each class, `(C,)` int64
     predicted: Tensor,  # pixels predicted, `(C,)`
-    present: Tensor,  # pixels labelled, `(C,)`
+    present: Tensor,  # pixels labeled, `(C,)`
 ) -> Tensor:  # `(C,)` float64 in [0, 1]; NaN for a class neither present nor predicted
     "Compute intersection over union."
     return hits.double() / (predicted + present - hits).double()
