@@ -246,7 +246,7 @@ def test_torchvision_equals_timm():
     np.testing.assert_allclose(tables[0].divergence, tables[1].divergence, rtol=1e-9)
     parts = torchvision.models._utils.IntermediateLayerGetter(theirs, {"layer4": "out"})
     assert find_relu_layers(parts) == find_relu_layers(theirs)
-    with pytest.raises(ValueError, match="layer layer1.0.relu runs more than once a pass: name the module that holds it"):
+    with pytest.raises(ValueError, match="layer layer1.0.relu runs more than once per pass: use the module that contains it"):
         divergence(theirs, [a], [b], r".*relu")
 
 
@@ -322,18 +322,18 @@ class Odd(nn.Module):
         ({"layers": ["0.3"]}, r"no layer of the model matches 0\.3: wanted module names such as 0\."),
         ({"layers": "nothing.*"}, r"matches nothing\.\*"),
         ({"layers": []}, "matches an empty list"),
-        ({"layers": None}, "Sequential holds no ResNet .* name its layers, its parts are 0, 1, 2, 3"),
+        ({"layers": None}, "Sequential contains no ResNet .* name layers, its modules are 0, 1, 2, 3"),
         ({"batches_b": [torch.randn(4, 4, 20, 20).double()]}, "inputs have 3 channels, then 4: both streams must have as many"),
-        ({"batches_a": [torch.randn(1, 3, 20, 20).double()]}, "batches_a gave 1 samples: a variance wants 2 or more"),
-        ({"batches_b": iter([])}, "batches_b gave 0 samples.*an iterator can be read only once"),
-        ({"estimator": batch_mean(8)}, r"batches_a gave 6 samples and so 1 values for batch_mean\(8\): wanted 2 or more"),
+        ({"batches_a": [torch.randn(1, 3, 20, 20).double()]}, "batches_a has 1 samples: a variance needs 2 or more"),
+        ({"batches_b": iter([])}, "batches_b has 0 samples.*an iterator can be read only once"),
+        ({"estimator": batch_mean(8)}, r"batches_a has 6 samples and so 1 values for batch_mean\(8\): wanted 2 or more"),
         ({"estimator": "batch"}, r"estimator is 'batch': wanted sample, pixel or batch_mean\(n\)"),
-        ({"estimator": "pixel", "n_resamples": 5}, "n_resamples wants sample among them"),
-        ({"batches_b": [torch.randn(4, 3, 20, 20).double()], "n_resamples": 5, "is_paired": True}, "6 and 4 samples are no pairs"),
-        ({"batches_a": [torch.full((2, 3, 20, 20), torch.inf).double()]}, "layer 0 gives values that are not finite"),
+        ({"estimator": "pixel", "n_resamples": 5}, "n_resamples requires sample among them"),
+        ({"batches_b": [torch.randn(4, 3, 20, 20).double()], "n_resamples": 5, "is_paired": True}, "6 and 4 samples are not pairs"),
+        ({"batches_a": [torch.full((2, 3, 20, 20), torch.inf).double()]}, "layer 0 returns values that are not finite"),
         (
             {"batches_a": [(torch.randn(2, 3, 20, 20).double(), torch.tensor([1, 0]))]},
-            r"a batch holds torch.int64 \(2,\): wanted x, or \(x, valid\)",
+            r"a batch has torch.int64 \(2,\): wanted x, or \(x, valid\)",
         ),
     ],
 )
@@ -347,14 +347,14 @@ def test_bad_input(arguments, says):
 def test_bad_layers():
     x = torch.randn(3, 1, 2, 2)
     for layer, says in (
-        ("pair", r"layer pair gives a tuple: wanted one floating tensor \(3, C, …\)"),
+        ("pair", r"layer pair returns a tuple: wanted one floating tensor \(3, C, …\)"),
         ("idle", "layer idle does not run in the model's forward pass"),
-        ("flat", r"layer flat gives torch.float32 \(12,\)"),
+        ("flat", r"layer flat returns torch.float32 \(12,\)"),
     ):
         with pytest.raises(ValueError, match=re.escape(says) if "(" not in says else says):
             divergence(Odd().eval(), [x], [x], [layer])
     tokens = nn.Sequential(nn.Flatten(2)).eval()
-    with pytest.raises(ValueError, match=r"layer 0 gives positions of shape \(4,\): valid pixels fit"):
+    with pytest.raises(ValueError, match=r"layer 0 has positions of shape \(4,\): valid pixels require"):
         divergence(tokens, [(x, torch.ones(3, 2, 2, dtype=torch.bool))], [x], ["0"])
 
 
@@ -639,7 +639,7 @@ def test_resample_that_loses_a_channel():
 def test_picture_wants_one_estimator():
     model, (a, b) = small_network(), streams(4, 4)
     table = divergence(model, [a], [b], LAYERS, ("sample", "pixel"))
-    with pytest.raises(ValueError, match="both holds sample, pixel: pick the rows of one estimator"):
+    with pytest.raises(ValueError, match="both has sample, pixel: select the rows of one estimator"):
         draw_divergence({"": {"both": table}})
     with pytest.raises(ValueError, match="nothing to draw"):
         draw_divergence({})

@@ -273,7 +273,7 @@ def test_bad_pixels(spoil, says):
     [
         ({"dice": -1}, "each must be at least 0"),
         ({"lovasz": float("nan")}, "each must be at least 0"),
-        ({"dice": 0, "lovasz": 0, "bce": 0}, "nothing is left to minimise"),
+        ({"dice": 0, "lovasz": 0, "bce": 0}, "nothing is left to minimize"),
     ],
 )
 def test_bad_weights(weights, says):

@@ -113,7 +113,7 @@ def test_in_other_libraries():
         ({"output_stride": 32}, "output_stride is 32: wanted one of 16, 8"),
         ({"in_chans": 5}, "in_chans is 5: wanted one of 3, 4"),
         ({"low_level": 2}, "low_level is 2: wanted one of 1, 3"),
-        ({"depth": 18, "pretrained": True}, "no ImageNet weights for depth 18: take 50 or 101"),
+        ({"depth": 18, "pretrained": True}, "no ImageNet weights for depth 18: use 50 or 101"),
         ({"width": 0.5, "pretrained": True}, "set width=1 or pretrained=False"),
     ],
 )

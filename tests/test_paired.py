@@ -361,15 +361,15 @@ def test_the_picture():
 
 A = draw_counts(0, 2)
 BAD = {
-    "other tiles": (lambda: (A, A[:, 1:]), {}, r"a and b hold counts of \(12, 3, 2\) and \(11, 3, 2\): both must be of the same tiles"),
+    "other tiles": (lambda: (A, A[:, 1:]), {}, r"a and b have counts of \(12, 3, 2\) and \(11, 3, 2\): both must be of the same tiles"),
     "other classes": (lambda: (A, A[:, :, 1:]), {}, "both must be of the same tiles and classes"),
-    "seeds that differ": (lambda: (A, [A[0], A[1, 1:]]), {}, r"b holds counts of \(11, 3, 2\), \(12, 3, 2\): wanted one or more"),
-    "no training": (lambda: ([], A), {}, "a holds counts of no training: wanted one or more, all scored on the same tiles"),
-    "shares": (lambda: (A / 2, A), {}, r"a is \(2, 12, 3, 2\) torch.float64: wanted whole pixels \(S, N, C, 2\)"),
-    "hits alone": (lambda: (A[..., 0], A), {}, r"a is \(1, 2, 12, 3\) torch.int64: wanted whole pixels"),
-    "exchanged": (lambda: (A, A[..., ::-1]), {}, "b holds an intersection below 0 or above its union"),
-    "negative": (lambda: (-A[..., ::-1], A), {}, "a holds an intersection below 0"),
-    "too few groups": (lambda: (A, A), {"groups": "abc"}, "groups names 3 tiles, the counts are of 12: wanted one group a tile"),
+    "seeds that differ": (lambda: (A, [A[0], A[1, 1:]]), {}, r"b has counts of \(11, 3, 2\), \(12, 3, 2\): wanted one or more runs"),
+    "no training": (lambda: ([], A), {}, "a has counts of no run: wanted one or more runs, all scored on the same tiles"),
+    "shares": (lambda: (A / 2, A), {}, r"a is \(2, 12, 3, 2\) torch.float64: wanted int pixels \(S, N, C, 2\)"),
+    "hits alone": (lambda: (A[..., 0], A), {}, r"a is \(1, 2, 12, 3\) torch.int64: wanted int pixels"),
+    "exchanged": (lambda: (A, A[..., ::-1]), {}, "b has an intersection below 0 or above its union"),
+    "negative": (lambda: (-A[..., ::-1], A), {}, "a has an intersection below 0"),
+    "too few groups": (lambda: (A, A), {"groups": "abc"}, "groups has 3 entries for 12 tiles: wanted one per tile"),
     "one field": (lambda: (A, A), {"groups": [0] * 12}, r"2000 resamples of 1 group\(s\): wanted 1 or more of at least 2"),
     "one tile": (lambda: (A[:, :1], A[:, :1]), {}, r"2000 resamples of 1 tile\(s\)"),
     "no resample": (lambda: (A, A), {"n_resamples": 0}, r"0 resamples of 12 tile\(s\): wanted 1 or more"),

@@ -131,7 +131,7 @@ def test_damaged_or_hostile_state(damage, stopped, tmp_path):
         torch.save({"weight": Hostile(tmp_path / "ran")}, tmp_path / "bad.pt")
         content = (tmp_path / "bad.pt").read_bytes()
     state.write_bytes(content[:-100] if damage == "cut" else content)
-    with pytest.raises(ValueError, match="remove it, and its training starts anew"):
+    with pytest.raises(ValueError, match="remove it to restart its run"):
         workspace.result(run)
     assert state.exists() and not (tmp_path / "ran").exists()
     state.unlink()
@@ -145,7 +145,7 @@ def test_damaged_weights(stopped):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="is damaged, its checksum is not the one"):
+    with pytest.raises(ValueError, match="is damaged, its checksum differs"):
         result.model()
 
 
