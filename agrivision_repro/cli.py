@@ -499,7 +499,7 @@ Submission = Annotated[Path | None, typer.Option("--submission", help="Write the
 @app.command()
 def predict(
     run: Annotated[str, typer.Argument(help="A finished run: the first digits of its id.")],
-    images: Annotated[list[Path], typer.Argument(metavar="INPUT", help="Four-band TIFFs, images/rgb/NAME.jpg, or a folder of image pairs.")],
+    images: Annotated[list[Path], typer.Argument(metavar="INPUT", help="Four-band TIFFs, images/rgb/NAME.jpg, or a folder of pairs.")],
     out: MapsFolder,
     tta: Annotated[str, typer.Option(help="none, or d4: average over the eight flips and rotations of each window.")] = "none",
     checkpoint: Annotated[str, typer.Option(help="last, or best on the validation tiles.")] = "last",
