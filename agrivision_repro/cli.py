@@ -188,7 +188,7 @@ RunData = Annotated[str, typer.Option("--data", help="synthetic, naip-trees, ag-
 DataRoot = Annotated[str, typer.Option(help="Folder of the data; not needed for synthetic.")]
 Out = Annotated[str, typer.Option(help="Folder of all results; finished runs in it are reused.")]
 Device = Annotated[str, typer.Option(help="auto: a GPU if there is one. cpu.")]
-Precision = Annotated[str, typer.Option(help="auto: bf16 where the device has it, else float32. bf16. float32.")]
+Precision = Annotated[str, typer.Option(help="auto: bf16 if the device supports it, else float32. bf16. float32.")]
 
 # %% ../nbs/72_cli.ipynb #cell-13
 @app.command()
