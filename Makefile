@@ -1,11 +1,11 @@
-# make test        everything that CI checks
-# make test-lab    only the notebooks in JupyterLab, in a real browser (needs chromium and chromedriver)
+# make test        run all checks that CI runs
+# make test-lab    run only the notebooks in JupyterLab, in a real browser (needs chromium and chromedriver)
 # make reproduce   SCALE=smoke|laptop|workstation|paper DATA=synthetic|naip-trees|ag-net|agrivision-{2020,2021,cvpr2020} DATA_ROOT=DIR OUT=DIR TABLES="..."
 # make notebooks   run every notebook, save its outputs, export the package and README.md
-# make export      the same without running
-# make docs        the site: every notebook with its saved outputs, and the API, as pages in _docs/ that fetch nothing
-# make bench       time what is claimed to be fast, beside plain forms and public peers
-# make gpu-check   in some minutes: is this GPU right and how fast is it?
+# make export      clean the notebooks, export the package and README.md without running anything
+# make docs        build the site in _docs/: every notebook with its saved outputs, and the API; no external resources
+# make bench       time the optimized code against plain implementations and public libraries
+# make gpu-check   check a GPU's correctness and speed in a few minutes
 SCALE     ?= laptop
 DATA      ?= synthetic
 DATA_ROOT ?=
@@ -49,12 +49,12 @@ docs: $(VENV)/.ready
 gpu-check: $(VENV)/.ready
 	$(BIN)/python benchmarks/gpu.py --out gpu.json
 
-# a quarter of an hour on a quiet machine; nbs/benchmarks.ipynb shows what it writes
+# about 15 minutes on an idle machine; nbs/benchmarks.ipynb shows the results
 bench: $(VENV)/.ready
 	for name in data norms network losses training divergence; do $(BIN)/python benchmarks/$$name.py --json benchmarks/results/$$name.json || exit 1; done
 	$(BIN)/python tools/export.py --run benchmarks
 
-# the tables and pictures on README's first screen: Figure 2 and Table 1 on three seeds; AG_NET and NAIP are folders of the open data
+# tables and pictures at the top of README.md: Figure 2 and Table 1 with three seeds; AG_NET and NAIP are folders of the open data
 showcase: $(VENV)/.ready
 	$(BIN)/agrivision reproduce fig2_divergence --seeds 0,1,2 --data synthetic --out out/synthetic
 	$(BIN)/agrivision reproduce fig2_divergence --seeds 0,1,2 --data naip-trees --data-root "$(NAIP)" --out out/naip-trees

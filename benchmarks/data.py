@@ -1,8 +1,8 @@
 """Batches ready for the model, from files and from a pack: python benchmarks/data.py
 
-200 synthetic tiles of 512² pixels in the layout of Agriculture-Vision 2020. "plain" is the straightforward Dataset: ten files a
-tile through Pillow, floats from the start. "files" reads the same files our way, "packed" reads the pack. All give shuffled,
-turned, normalised float32 batches of 8 with one mask a class; each is run once to warm the disk cache, then in turns.
+200 synthetic tiles of 512² pixels in the layout of Agriculture-Vision 2020. "plain" is the straightforward Dataset: ten files per
+tile read with Pillow, floats from the start. "files" reads the same files with our loader, "packed" reads the pack. All yield shuffled,
+augmented, normalized float32 batches of 8 with one mask per class; each runs once to warm the disk cache, then they alternate.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BATCH = 8
 
 
 class PlainDataset(Dataset):
-    "One tile a time, as such datasets are usually written."
+    "Load one tile at a time, as such datasets usually do."
 
     def __init__(self, tiles: Tiles):
         self.tiles = tiles

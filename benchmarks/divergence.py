@@ -1,7 +1,7 @@
-"""What measuring costs, with all three estimators on: python benchmarks/divergence.py
+"""Overhead of measuring divergence with all three estimators: python benchmarks/divergence.py
 
-A forward pass of ResNet-101 (output stride 16, the paper's) on 8 tiles of 256 pixels, bare; the same while the moments of its
-34 ReLU layers are taken; and the plain form, which keeps all activations and takes variances of their float64 copies afterwards.
+A bare forward pass of ResNet-101 (output stride 16, the paper's) on 8 tiles of 256 pixels; the same while recording the moments of its
+34 ReLU layers; and the plain form, which keeps all activations and computes variances of their float64 copies afterwards.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ESTIMATORS = ("sample", "pixel", batch_mean(2))
 
 
 def keep_all(model: nn.Module, x: Tensor) -> list[tuple[Tensor, ...]]:
-    "Keep every activation, then take three variances a layer."
+    "Keep every activation, then compute three variances per layer."
     kept = []
     hooks = [model.get_submodule(n).register_forward_hook(lambda m, i, out: kept.append(out)) for n in find_relu_layers(model)]
     model(x)

@@ -1,9 +1,9 @@
-"""Check a GPU in some minutes: python benchmarks/gpu.py [--out gpu.json] [--device cuda]
+"""Check a GPU in a few minutes: python benchmarks/gpu.py [--out gpu.json] [--device cuda]
 
-Norms, backbones, losses and metrics against the CPU; the first 60 steps of the paper's training at its own shape (IBN-Net101-s,
-hybrid loss, 32 tiles of 512², whatever they show), in bf16, compiled and in float32; the other benchmarks on the device. Prints a
-table and writes JSON. Needs a checkout and the installed package, no data. With --device cpu the same code runs small, without
-compiler and benchmarks, to show that it runs.
+Norms, backbones, losses and metrics compared with the CPU; the first 60 steps of the paper's training at full size (IBN-Net101-s,
+hybrid loss, 32 tiles of 512² with random content), in bf16, compiled and in float32; the other benchmarks on the device. Prints a
+table and writes JSON. Needs a checkout and the installed package, but no data. With --device cpu the same code runs at a small size,
+without compiler and benchmarks, as a smoke test.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from agrivision_repro.runs import Run, build_loss, build_model, plan_run, proven
 from agrivision_repro.training import Trainer, compile_model, make_engine
 
 HERE = Path(__file__).resolve().parent
-TOLERANCE = {"norm": 1e-4, "backbone": 2e-3, "loss": 1e-4, "metric": 0.0}  # of float32 on the GPU against float64 on the CPU, relative
+TOLERANCE = {"norm": 1e-4, "backbone": 2e-3, "loss": 1e-4, "metric": 0.0}  # relative error of float32 on the GPU against float64 on the CPU
 
 
 def distance(here: Tensor, there: Tensor) -> float:
-    "Largest difference, relative to the largest value."
+    "Compute the largest difference, relative to the largest value."
     here, there = here.double().cpu(), there.double()
     return float((here - there).abs().max() / there.abs().max().clamp(min=1e-12))
 
 
 def forward_backward(module: nn.Module, x: Tensor) -> list[Tensor]:
-    "Output, input gradient, parameter gradients and buffers after one training step."
+    "Return output, input gradient, parameter gradients and buffers after one training step."
     x = x.clone().requires_grad_()
     y = module(x)
     y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y))
@@ -73,14 +73,14 @@ def check_parity(device: torch.device) -> dict[str, float]:
 
 
 def random_tiles(n: int, side: int) -> list[Tile]:
-    "Noise of the right size and type: a GPU's time does not depend on what it sees."
+    "Make noise of the right size and type: a GPU's time does not depend on the content."
     rng = np.random.default_rng(0)
     images = rng.integers(0, 255, (n, 4, side, side), np.uint8)
     return [Tile.of(f"noise {k}", image, image[3] >> 2 & 63, image[0] > 10) for k, image in enumerate(images)]
 
 
 def train(run: Run, tiles: list[Tile], n_steps: int, device: str, precision: str, is_compiled: bool) -> dict:
-    "Train some steps; give losses, tiles a second, memory and where the time goes."
+    "Train for some steps; return losses, tiles per second, memory and a breakdown of the time."
     engine = make_engine(device, precision)
     trainer = Trainer(build_model(run), build_loss(run), run.recipe, run.seed, engine)
     compiled = compile_model(trainer.bare_model, engine.device) if is_compiled else "not asked"
@@ -109,7 +109,7 @@ def train(run: Run, tiles: list[Tile], n_steps: int, device: str, precision: str
 
 
 def run_benchmark(name: str, device: str) -> str:
-    "Run another benchmark on the device and keep what it prints."
+    "Run another benchmark on the device and return its output."
     words = [sys.executable, HERE / f"{name}.py", "--rounds", "5", "--device", device]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=HERE)
     return done.stdout if done.returncode == 0 else f"FAILED\n{done.stderr[-2000:]}"
@@ -118,7 +118,7 @@ def run_benchmark(name: str, device: str) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
-    parser.add_argument("--device", default="cuda", help="cuda, or cpu to see that it runs")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu for a smoke test")
     given = parser.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA device here: this check is for a machine with a GPU (--device cpu shows that the code runs)")

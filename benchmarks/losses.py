@@ -1,7 +1,7 @@
-"""Lovász hinge and multi-label IoU against plain forms and public peers: python benchmarks/losses.py
+"""Lovász hinge and multi-label IoU against plain forms and public libraries: python benchmarks/losses.py
 
-Forward and backward of the Lovász hinge at (4, 7, 256, 256), with logits as a fresh model gives them (every pixel active) and with
-2 % of the pixels active. "full sort" is the textbook form: a class at a time, all valid pixels sorted, the rest left to autograd.
+Forward and backward of the Lovász hinge at (4, 7, 256, 256), with logits of an untrained model (every pixel active) and with
+2 % of the pixels active. "full sort" is the textbook form: per class, all valid pixels are sorted, and autograd does the rest.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SHAPE = (4, 7, 256, 256)
 
 
 def full_sort(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-    "The Lovász hinge as it is printed in textbooks."
+    "Compute the Lovász hinge in its textbook form."
     losses = []
     for c in range(logits.shape[1]):
         y, s = targets[:, c][valid].float(), logits[:, c][valid]
@@ -33,14 +33,14 @@ def full_sort(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
 
 
 def float_iou(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-    "Intersection and union in float32, straight from the formula."
+    "Compute intersection and union in float32, directly from the formula."
     found, present = (mask.float() * valid[:, None].float() for mask in (logits > 0, targets))
     hits = (found * present).sum((0, 2, 3))
     return hits / (found.sum((0, 2, 3)) + present.sum((0, 2, 3)) - hits)
 
 
 def draw_patches() -> tuple[Tensor, Tensor]:
-    "Labels in patches of 8 pixels, every class by itself, and valid pixels."
+    "Draw labels in patches of 8 pixels, each class independently, and valid pixels."
     classes = torch.randint(SHAPE[1], (SHAPE[0], SHAPE[2] // 8, SHAPE[3] // 8))
     classes = classes.repeat_interleave(8, 1).repeat_interleave(8, 2)
     valid = torch.ones(SHAPE[0], *SHAPE[2:], dtype=torch.bool)
@@ -54,7 +54,7 @@ def compare_lovasz(title: str, logits: Tensor, targets: Tensor, valid: Tensor, g
     losses = {
         "full sort": lambda: full_sort(logits, targets, valid),
         "ours": lambda: lovasz_loss(logits, targets, valid),
-        "smp LovaszLoss": lambda: peer(logits, targets.float()),  # a mask of valid pixels it does not take
+        "smp LovaszLoss": lambda: peer(logits, targets.float()),  # it does not accept a mask of valid pixels
     }
 
     def step(loss):
@@ -77,7 +77,7 @@ def compare_iou(logits: Tensor, targets: Tensor, valid: Tensor, given: Namespace
     ways = {
         "float": lambda: float_iou(logits, targets, valid),
         "ours": lambda: ours.update(logits, targets, valid),
-        "torchmetrics": lambda: peer.update(logits, targets.int()),  # a mask of valid pixels it does not take
+        "torchmetrics": lambda: peer.update(logits, targets.int()),  # it does not accept a mask of valid pixels
     }
     table = table_of(alternate(ways, given.rounds), "float")
     table["peak, logits"] = [round(peak_bytes(way) / (4 * logits.numel()), 1) for way in ways.values()]

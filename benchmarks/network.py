@@ -1,6 +1,6 @@
-"""One training step of DeepLabV3+ ResNet-101, whole: python benchmarks/network.py
+"""One complete training step of DeepLabV3+ ResNet-101: python benchmarks/network.py
 
-Forward, loss, backward and optimiser step on 2 tiles of 256 pixels, four channels, seven classes. "plain" is float32, NCHW, eager;
+Forward, loss, backward and optimizer step on 2 tiles of 256 pixels, four channels, seven classes. "plain" is float32, NCHW, eager;
 "default" is the precision and memory layout that the project trains with on this device.
 """
 
@@ -23,7 +23,7 @@ N_CLASSES = 7
 
 
 def training_step(model: nn.Module, is_default: bool = False):
-    "One step on fixed data."
+    "Return a function that does one step on fixed data."
     layout = torch.channels_last if is_default else torch.contiguous_format
     device = torch.get_default_device()
     precision = torch.autocast(device.type, torch.bfloat16) if is_default and has_bf16(device) else nullcontext()

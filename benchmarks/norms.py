@@ -1,7 +1,7 @@
 """Forward and backward of each norm against its textbook form: python benchmarks/norms.py
 
-The textbook form of Switchable Normalization takes the three statistics in operations of their own on the whole image; that
-of IBN-a splits the image, normalises the halves and joins them.
+The textbook form of Switchable Normalization computes the three statistics in separate operations on the whole image; that
+of IBN-a splits the channels, normalizes the halves and joins them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SHAPES = ((8, 64, 64, 64), (8, 256, 32, 32))
 
 
 class PlainSwitchNorm2d(SwitchNorm2d):
-    "Three full-size statistics, then the formula as it is printed."
+    "Compute three full-size statistics, then the formula as printed."
 
     def forward(self, x: Tensor) -> Tensor:
         dims = ((2, 3), (1, 2, 3), (0, 2, 3))
@@ -33,7 +33,7 @@ class PlainSwitchNorm2d(SwitchNorm2d):
 
 
 class SplitInstanceBatchNorm2d(InstanceBatchNorm2d):
-    "Split, normalise, join."
+    "Split, normalize, join."
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = torch.split(x, [self.n_instance, x.shape[1] - self.n_instance], 1)
@@ -41,7 +41,7 @@ class SplitInstanceBatchNorm2d(InstanceBatchNorm2d):
 
 
 def step(norm: nn.Module, x: Tensor, gradient: Tensor):
-    "One forward and backward pass."
+    "Return a function that does one forward and backward pass."
 
     def run() -> None:
         norm(x).backward(gradient)

@@ -1,4 +1,4 @@
-"Time several ways of doing the same, in one process and in turns, so that noise meets all alike."
+"Time several implementations alternately in one process, so that noise affects all equally."
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PEERS = ("torch", "torchvision", "timm", "torchmetrics", "segmentation-models-py
 
 
 def alternate(ways: dict[str, Callable[[], object]], rounds: int, warm_up: int = 3) -> dict[str, float]:
-    "Run each way once a round; return medians in milliseconds."
+    "Run each implementation once per round; return medians in milliseconds."
     for way in ways.values():
         for _ in range(warm_up):
             way()
@@ -35,13 +35,13 @@ def alternate(ways: dict[str, Callable[[], object]], rounds: int, warm_up: int =
 
 
 def finish() -> None:
-    "Wait until a GPU has done what it was told."
+    "Wait until the GPU has finished its queued work."
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def peak_bytes(way: Callable[[], object]) -> int:
-    "Most memory of the device that torch held at once beyond what it held before."
+    "Return the peak device memory allocated by torch, beyond what was allocated before."
     way()
     if torch.get_default_device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -60,17 +60,17 @@ def peak_bytes(way: Callable[[], object]) -> int:
 
 
 def table_of(medians: dict[str, float], against: str) -> pd.DataFrame:
-    "Median time of each way, and how many times faster than `against` it is."
+    "Tabulate the median time of each implementation, and its speedup over `against`."
     return pd.DataFrame({"ms": medians, f"times faster than {against}": {k: medians[against] / v for k, v in medians.items()}}).round(2)
 
 
 def set_up(description: str) -> argparse.Namespace:
-    "Read --rounds and --threads, and say what machine this is."
+    "Parse the command line, set threads and device, and print the machine's description."
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--json", type=Path, help="a file for the tables, too")
+    parser.add_argument("--json", type=Path, help="also write the tables to this file")
     given = parser.parse_args()
     given.title, given.tables = description.partition(":")[0], []
     torch.set_num_threads(given.threads)
@@ -81,14 +81,14 @@ def set_up(description: str) -> argparse.Namespace:
 
 
 def processor() -> str:
-    "Name the processor as well as the system knows it, and the widest instructions that torch uses on it."
+    "Return the processor's name and the widest instruction set that torch uses on it."
     known = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
     names = [line.partition(":")[2].strip() for line in known.splitlines() if line.startswith("model name")]
     return f"{names[0] if names else 'CPU'}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def show(given: argparse.Namespace, title: str, table: pd.DataFrame) -> None:
-    "Print a table, and keep it where --json said so."
+    "Print a table, and append it to the --json file, if any."
     print(f"\n{title}\n{table.to_string()}", flush=True)
     given.tables.append({"title": title, **json.loads(table.to_json(orient="split"))})
     if given.json:

@@ -1,9 +1,9 @@
-"""What the training loop costs beside bare steps: python benchmarks/training.py
+"""Overhead of the training loop over bare steps: python benchmarks/training.py
 
-A Run at laptop scale, ResNet-101 and IBN-Net-101-s. "bare" is forward, loss, backward and optimiser step on batches that stand
-ready, in the same precision and layout; many of them, because the loss sorts less where a net knows its one batch by heart. "loop"
-is `fit`: batches read, cut, turned and made, losses recorded and checked, the bar drawn, a state saved every 250 iterations. Both
-in turns, some steps at a time; validation is not counted.
+A Run at laptop scale, ResNet-101 and IBN-Net-101-s. "bare" is forward, loss, backward and optimizer step on prepared batches
+in the same precision and layout; many of them, because the loss sorts fewer pixels once a net has overfitted a single batch. "loop"
+is `fit`: reading, cropping and augmenting batches, recording and checking losses, drawing the bar, saving a state every 250 iterations.
+The two alternate every few steps; validation is not counted.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ STEPS = 100
 
 
 class Loop:
-    "`fit`, interrupted every few steps by its own reading of tiles."
+    "`fit`, stopped and resumed every few steps, with its own reading of tiles."
 
     def __init__(self, run: Run, workspace: Workspace, folder: Path):
         self.trainer = Trainer(build_model(run), build_loss(run), run.recipe, run.seed, make_engine("cpu"))
         self.feed, self.state = workspace.feed(run, "train"), folder / "state.safetensors"
 
     def run(self, n_steps: int) -> float:
-        "Seconds of so many iterations, starting and ending the loop included."
+        "Return the seconds for `n_steps` iterations, including the start and end of the loop."
         start = perf_counter()
         self.trainer.recipe = self.trainer.recipe.__class__(**vars(self.trainer.recipe) | {"stop": self.trainer.iteration + n_steps})
         fit(self.trainer, self.feed, self.state, title="loop")
@@ -40,7 +40,7 @@ class Loop:
 
 
 class Bare:
-    "The same steps by hand on batches made before."
+    "The same steps, written out, on prepared batches."
 
     def __init__(self, run: Run, workspace: Workspace):
         self.engine, self.recipe = make_engine("cpu"), run.recipe

@@ -1,4 +1,4 @@
-"The pages of the API, read from the package's source: signatures, docstrings, and the comment beside each parameter."
+"Generate the API pages from the package's source: signatures, docstrings, and the comment beside each parameter."
 
 import ast
 import io
@@ -26,7 +26,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Module:
-    "A module as its source says it."
+    "A module, its notebook and its public names."
 
     name: str
     title: str  # of its notebook
@@ -39,7 +39,7 @@ class Module:
 
 
 def read_comments(source: str) -> dict[int, str]:
-    "Give the comment of each line, those for tools left out."
+    "Return the comment of each line, except those for tools."
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {t.start[0]: re.split(r"\s+#\s*", t.string.lstrip("# "))[0] for t in tokens if t.type == tokenize.COMMENT}
     return {line: text for line, text in comments.items() if not FOR_TOOLS.match(text)}
@@ -52,7 +52,7 @@ def public_names(tree: ast.Module) -> list[str]:
 
 
 def definitions(tree: ast.Module) -> dict[str, ast.stmt]:
-    "Give the statement that defines each name at a module's top level."
+    "Return the statement that defines each name at a module's top level."
     found: dict[str, ast.stmt] = {}
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -73,7 +73,7 @@ class DropAnnotated(ast.NodeTransformer):
 
 
 def code(node: ast.AST | None) -> str:
-    "Write a piece of syntax on one line, as a person would."
+    "Format a syntax node on one line in conventional style."
     if node is None:
         return ""
     text = " ".join(ast.unparse(DropAnnotated().visit(deepcopy(node))).split())
@@ -81,7 +81,7 @@ def code(node: ast.AST | None) -> str:
 
 
 def help_text(annotation: ast.AST | None) -> str:
-    "Give what the command line says of an option, if it is one."
+    "Return the help text of a command-line option, or an empty string."
     keywords = [n for n in ast.walk(annotation) if isinstance(n, ast.keyword) and n.arg == "help"] if annotation else []
     return " ".join(str(n.value.value) for n in keywords if isinstance(n.value, ast.Constant))
 
@@ -104,7 +104,7 @@ def read_parameters(function: ast.FunctionDef, comments: dict[int, str], is_meth
 
 
 def header_end(function: ast.FunctionDef) -> int:
-    "Give the last line before a function's body; its comment is of what is returned."
+    "Return the last line before a function's body; its comment describes the return value."
     return function.returns.end_lineno if function.returns else function.body[0].lineno - 1
 
 
@@ -119,13 +119,13 @@ def decorators(node: ast.FunctionDef | ast.ClassDef) -> list[str]:
 
 
 def text_of(markdown: str) -> str:
-    "Keep an angle bracket, dollar or square bracket in a comment from being read as markup; code stays as it is."
+    "Escape angle brackets, dollar signs and square brackets in a comment; leave code unchanged."
     parts = re.split(r"(`[^`]*`)", " ".join(markdown.split()))
     return "".join(p if p.startswith("`") else re.sub(r"([<$\[\]])", r"\\\1", p) for p in parts)
 
 
 def parameter_table(parameters: list[Parameter]) -> list[str]:
-    "Put what is said of the parameters beneath the signature, if anything is."
+    "Format the parameters' comments as a table below the signature, if there are any."
     if not any(p.comment for p in parameters):
         return []
     lines = [":::{list-table}", ":header-rows: 1", ":class: parameters", "", "* - Name", "  - Type", "  - Default", "  - Meaning"]
@@ -158,7 +158,7 @@ def docstring(node: ast.FunctionDef | ast.ClassDef) -> list[str]:
 
 
 def class_entry(node: ast.ClassDef, comments: dict[int, str], source_link: str) -> list[str]:
-    "Describe a class: how it is made, then its public methods."
+    "Describe a class: its constructor, then its public methods."
     methods = [n for n in node.body if isinstance(n, ast.FunctionDef)]
     init = next((m for m in methods if m.name == "__init__"), None)
     has_fields = "dataclass" in decorators(node) or any(ast.unparse(base) == "NamedTuple" for base in node.bases)
@@ -178,7 +178,7 @@ def field_argument(p: Parameter) -> str:
 
 
 def constant_entry(name: str, node: ast.Assign | ast.AnnAssign, comments: dict[int, str], source_link: str) -> list[str]:
-    "Describe a constant: its value where that is short, and what stands beside it."
+    "Describe a constant: its value if short, and the comment beside it."
     is_alone = isinstance(node, ast.AnnAssign) or ast.unparse(node.targets[0]) == name
     value = code(node.value) if node.value and is_alone else ""
     lines = [f":::{{py:data}} {name}"]
@@ -198,7 +198,7 @@ def entry(name: str, node: ast.stmt, module: Module, comments: dict[int, str]) -
 
 
 def module_page(module: Module) -> str:
-    "Write the page of a module, its names in the order in which the notebook tells them."
+    "Write the page of a module, with its names in the notebook's order."
     tree, comments = ast.parse(module.source), read_comments(module.source)
     full = f"agrivision_repro.{module.name}"
     lines = [f"# {module.name}", "", f"> {text_of(ast.get_docstring(tree) or '')}", ""]
@@ -210,9 +210,9 @@ def module_page(module: Module) -> str:
 
 
 def index_page(modules: list[Module]) -> str:
-    "Write the page that leads to all others: modules in reading order, then all names from A to Z."
+    "Write the index page: modules in reading order, then all names from A to Z."
     lines = ["# API", "", "Every public name of `agrivision_repro`: the modules in reading order, then all names from A to Z."]
-    lines += ["The {ref}`general index <genindex>` has the methods, too.", ""]
+    lines += ["The {ref}`general index <genindex>` also lists the methods.", ""]
     lines += ["```{toctree}", ":hidden:", "", *(m.name for m in modules), "```", ""]
     trees = {m.name: ast.parse(m.source) for m in modules}
     lines += [f"- [{name}]({name}.md): {text_of(ast.get_docstring(tree) or '')}" for name, tree in trees.items()]

@@ -1,6 +1,6 @@
-"""Build the site: the notebooks with their saved outputs, and the API, as pages that fetch nothing.
+"""Build the site: the notebooks with their saved outputs, and the API, as self-contained pages.
 
-usage: build.py [OUT]     OUT is _docs if not given; what is in it is replaced
+usage: build.py [OUT]     OUT defaults to _docs; its contents are replaced
 """
 
 import ast
@@ -18,7 +18,7 @@ from sphinx.cmd.build import main as run_sphinx
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 BLOB = f"{SETTINGS['DEFAULT']['git_url']}/blob/{SETTINGS['DEFAULT']['branch']}"
-# the sidebar: a caption, and which notebooks of nbs/ stand under it, in the order of their names
+# the sidebar: each caption, and the notebooks of nbs/ under it, sorted by name
 PARTS = {
     "The paper": ["0?_*"],
     "Data": ["1?_*"],
@@ -37,7 +37,7 @@ LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s#]+)(?=[)#])")
 
 
 def sort_notebooks() -> dict[str, list[Path]]:
-    "Give each part its notebooks; raises ValueError for one that is in no part, or in two."
+    "Assign the notebooks to parts; raise ValueError for one that is in no part, or in two."
     parts = {caption: [p for glob in globs for p in sorted(NBS.glob(f"{glob}.ipynb"))] for caption, globs in PARTS.items()}
     placed = [NBS / "index.ipynb", *(p for paths in parts.values() for p in paths)]
     every = [p for p in sorted(NBS.rglob("*.ipynb")) if not any(part.startswith((".", "_")) for part in p.relative_to(NBS).parts)]
@@ -48,7 +48,7 @@ def sort_notebooks() -> dict[str, list[Path]]:
 
 
 def link_outwards(text: str, folder: Path) -> str:
-    "Make a link to a file that is no page lead to the repository; raises ValueError if there is no such file."
+    "Point links to files that are not pages to the repository; raise ValueError if there is no such file."
 
     def rewrite(match: re.Match) -> str:
         target = next((p for p in ((folder / match[1]).resolve(), ROOT / match[1]) if p.exists()), None)
@@ -68,7 +68,7 @@ def markdown_cell(name: str, text: str) -> dict:
 
 
 def stage_notebook(path: Path, stage: Path, extra: list[dict]) -> Module | None:
-    "Copy a notebook without directives; say which module it exports, and where it defines what."
+    "Copy a notebook without directives; return the module that it exports, with the cell that defines each name."
     notebook = json.loads(path.read_text(encoding="utf-8"))
     cells, labels, module = [], {}, None
     for number, cell in enumerate(notebook["cells"]):
@@ -94,22 +94,22 @@ def stage_notebook(path: Path, stage: Path, extra: list[dict]) -> Module | None:
 
 
 def show(metadata: dict) -> dict:
-    "Put a cell's tag in myst-nb's words."
+    "Translate a cell's tags to those of myst-nb."
     return metadata | {"tags": ["remove-input" if tag == "hide-input" else tag for tag in metadata.get("tags", [])]}
 
 
 def link_tables(outputs: list[dict]) -> list[dict]:
-    "Lead links into the report to the notebook of the same name."
+    "Point links into the report to the notebook of the same name."
     return json.loads(re.sub(r"index\.html#(\w+)", r"\1.html", json.dumps(outputs)))
 
 
 def toctree(caption: str, pages: list[str]) -> dict:
-    "Make a cell that puts pages under a caption into the sidebar."
+    "Make a cell that lists pages under a caption in the sidebar."
     return markdown_cell(caption, "\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", "", *pages, "```"]))
 
 
 def stage_site(stage: Path) -> None:
-    "Write everything that Sphinx reads."
+    "Write all input files for Sphinx."
     parts = sort_notebooks()
     staged = [stage_notebook(path, stage, []) for paths in parts.values() for path in paths]
     write_api([module for module in staged if module], stage / "api")
@@ -122,14 +122,14 @@ def stage_site(stage: Path) -> None:
 
 
 def build(out: Path) -> int:
-    "Build the site in `out`; give the exit status."
+    "Build the site in `out`; return the exit status."
     with tempfile.TemporaryDirectory() as folder:
         stage, site = Path(folder) / "stage", Path(folder) / "site"
         stage_site(stage)
         options = ["-b", "html", "-W", "--keep-going", "-q", "-c", str(ROOT / "docs"), "-d", str(Path(folder) / "doctrees")]
         status = run_sphinx([*options, str(stage), str(site)])
         if status == 0:
-            (site / ".nojekyll").touch()  # GitHub Pages leaves out _static/ otherwise
+            (site / ".nojekyll").touch()  # otherwise GitHub Pages omits _static/
             shutil.rmtree(out, ignore_errors=True)
             shutil.copytree(site, out)
     return status

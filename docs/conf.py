@@ -1,4 +1,4 @@
-"Sphinx's settings: the notebooks as they were saved, equations as MathML, nothing fetched from anywhere."
+"Sphinx's settings: notebooks with their saved outputs, equations as MathML, no external resources."
 
 from configparser import ConfigParser
 from pathlib import Path
@@ -19,7 +19,7 @@ myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 4
 nb_execution_mode = "off"
 nb_render_markdown_format = "myst"
-nb_ipywidgets_js = {}  # they would come from elsewhere
+nb_ipywidgets_js = {}  # they would be loaded from another site
 maximum_signature_line_length = 80
 add_module_names = False
 toc_object_entries_show_parents = "hide"
@@ -37,7 +37,7 @@ html_theme_options = {
 
 
 def write_math(writer, node: nodes.Element) -> None:
-    "Write an equation as MathML, in the line or as a block."
+    "Write an equation as inline or block MathML."
     is_block = isinstance(node, nodes.math_block)
     mathml = convert(node.astext().strip(), display="block" if is_block else "inline")
     writer.body.append(f'<div class="equation">{mathml}</div>\n' if is_block else mathml)

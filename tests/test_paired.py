@@ -88,8 +88,8 @@ def test_the_fields_of_the_tiles(trained):
 def test_tiles_that_do_not_name_their_field(monkeypatch):
     "Each is drawn by itself."
     run, workspace = plan_run("smoke", "naip-trees"), Workspace()
-    monkeypatch.setattr(UrbanTrees, "find_names", lambda self: ["santa_monica_1", "santa_monica_2"])
-    monkeypatch.setattr(workspace, "open", lambda *_: UrbanTrees(Path(), "val", run.edition.classes))
+    monkeypatch.setattr(UrbanTrees, "find_names", lambda self: ["santa_monica_1", "santa_monica_2"] if self.split == "val" else ["chico_1"])
+    monkeypatch.setattr(workspace, "open", lambda _data, _farm, split: UrbanTrees(Path(), split, run.edition.classes))
     assert workspace.fields(run) == ["santa_monica_1", "santa_monica_2"]
 
 

@@ -372,10 +372,10 @@ def mistake(monkeypatch, capsys, result, tmp_path):
     ("words", "contains"),
     [
         (["nowhere.tif"], "nowhere.tif is missing: wanted a four-band TIFF, images/rgb/NAME.jpg with"),
-        (["FOLDER/empty"], "holds no pair of images: wanted a four-band TIFF"),
-        (["FOLDER/notes.txt"], "notes.txt is no image that can be predicted: wanted"),
-        (["FOLDER/lonely.jpg"], "lonely.jpg is no image that can be predicted: wanted"),
-        (["FOLDER/field.tif", "FOLDER/empty/field.tif"], "several inputs are called field: predict them into folders of their own"),
+        (["FOLDER/empty"], "contains no image pairs: wanted a four-band TIFF"),
+        (["FOLDER/notes.txt"], "notes.txt is not a supported image: wanted"),
+        (["FOLDER/lonely.jpg"], "lonely.jpg is not a supported image: wanted"),
+        (["FOLDER/field.tif", "FOLDER/empty/field.tif"], "several inputs have the same name, field: predict them into different folders"),
         (["FOLDER/damaged.tif"], "damaged.tif cannot be read"),
         (["FOLDER/three.tif"], "(3, 8, 8) uint8, wanted (4, H, W) uint8, R, G, B, NIR: convert it"),
         (["FOLDER/grey.tif"], "8, 9) uint8, wanted (4, H, W) uint8"),
@@ -419,7 +419,7 @@ def test_other_classes_make_no_submission(tmp_path, result):
 
     from agrivision_repro.cli import plan_submission
 
-    with pytest.raises(ValueError, match="the training knows background, tree: a submission wants background, cloud_shadow"):
+    with pytest.raises(ValueError, match="the run's classes are background, tree: a submission needs background, cloud_shadow"):
         plan_submission(replace(result.run, data="naip-trees"), "", set())
 
 
@@ -449,7 +449,7 @@ def test_the_command_and_its_submission(monkeypatch, capsys, result, test_set, t
     zipped = ["--submission", tmp_path / "zip/upload.zip", "--data-root", test_set.parent, "--window", "64"]
     assert run_command(monkeypatch, "predict", result.folder.name[:6], test_set, "-o", tmp_path / "maps", *words, *zipped) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 6 and printed[-1].endswith("4 maps, every rule of the challenge kept")
+    assert len(printed) == 6 and printed[-1].endswith("4 maps, all rules of the challenge met")
     assert "iterations on synthetic farmland" in printed[0]
     turned = load_predictor(result, "best", "d4", device="cpu", precision="float32")
     with zipfile.ZipFile(tmp_path / "zip/upload.zip") as archive:
@@ -504,21 +504,21 @@ WHOLE = {f"{name}.png": good() for name in SIZES}
 FAULTY = {  # fault → entries that replace or join the good ones (None: left out), kind, words of the message
     "missing": ({"A_1.png": None}, "missing", "predict it"),
     "extra tile": ({"B_0.png": good()}, "extra", "no image of the test set"),
-    "extra file": ({".DS_Store": b"x"}, "extra", "no PNG by its name"),
-    "upper case": ({"A_9.PNG": good()}, "extra", "no PNG by its name"),
+    "extra file": ({".DS_Store": b"x"}, "extra", "is not named NAME.png"),
+    "upper case": ({"A_9.PNG": good()}, "extra", "is not named NAME.png"),
     "transposed": ({"A_1.png": good(size=(30, 20))}, "wrong size", "is 20×30 pixels, wanted 30×20"),
     "one pixel short": ({"A_1.png": good(size=(20, 29))}, "wrong size", "is 29×20 pixels"),
     "RGB": ({"A_1.png": encode(Image.new("RGB", (30, 20)))}, "wrong mode", "is RGB of 8 bits"),
-    "alpha": ({"A_1.png": encode(Image.new("LA", (30, 20)))}, "wrong mode", "grey and alpha"),
+    "alpha": ({"A_1.png": encode(Image.new("LA", (30, 20)))}, "wrong mode", "gray and alpha"),
     "palette": ({"A_1.png": encode(Image.new("P", (30, 20)))}, "wrong mode", "palette"),
-    "one bit": ({"A_1.png": encode(Image.new("1", (30, 20)))}, "wrong mode", "grey of 1 bits"),
-    "16 bits": ({"A_1.png": deep_png()}, "wrong mode", "grey of 16 bits"),
-    "value 7": ({"A_1.png": good(7)}, "wrong value", "holds 7: wanted 0 (background) to 6 (weed_cluster) only"),
-    "value 255": ({"A_1.png": good(255)}, "wrong value", "holds 255"),
+    "one bit": ({"A_1.png": encode(Image.new("1", (30, 20)))}, "wrong mode", "gray of 1 bits"),
+    "16 bits": ({"A_1.png": deep_png()}, "wrong mode", "gray of 16 bits"),
+    "value 7": ({"A_1.png": good(7)}, "wrong value", "contains 7: wanted 0 (background) to 6 (weed_cluster) only"),
+    "value 255": ({"A_1.png": good(255)}, "wrong value", "contains 255"),
     "JPEG": ({"A_1.png": encode(Image.new("L", (30, 20)), "JPEG")}, "not a PNG", "save it as PNG"),
     "empty file": ({"A_1.png": b""}, "not a PNG", "begins with b''"),
     "truncated": ({"A_1.png": good()[:50]}, "damaged", "cannot be decoded"),
-    "nested": ({"labels/B.png": good()}, "nested", "lies in a folder"),
+    "nested": ({"labels/B.png": good()}, "nested", "is in a folder"),
     "too many bytes": ({"A_1.png": good() + bytes(5 << 20)}, "wrong size", "more than 4,194,304 bytes"),
 }
 
@@ -589,7 +589,7 @@ def test_a_bomb_is_not_decoded(tmp_path):
 def test_a_faulty_zip_is_never_written(tmp_path):
     labels = lay_out(tmp_path / "labels", {name: good(9) for name in WHOLE} | {"A_0.png": good()})
     with pytest.raises(
-        ValueError, match=r"upload.zip was not written, 2 rules of the challenge are broken: wrong value: 'A_1.png' holds 9"
+        ValueError, match=r"upload.zip was not written, 2 rules of the challenge are broken: wrong value: 'A_1.png' contains 9"
     ):
         write_submission(labels, tmp_path / "to/upload.zip", SIZES)
     assert list((tmp_path / "to").iterdir()) == []
@@ -603,7 +603,7 @@ def test_a_faulty_zip_is_never_written(tmp_path):
 
 def test_sizes_come_from_the_test_set(test_set):
     assert set(tile_sizes("synthetic", test_set.parent).values()) == {(64, 64)}
-    with pytest.raises(ValueError, match="data is 'naip-trees': the rules are those of agrivision-2020"):
+    with pytest.raises(ValueError, match="data is 'naip-trees': wanted agrivision-2020"):
         tile_sizes("naip-trees", test_set.parent)
 
 

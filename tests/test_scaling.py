@@ -269,6 +269,6 @@ def test_the_command_names_what_failed(trained, command):
     )
     assert code == 1 and text.startswith("report: ")
     assert len(complaints) == 2 and complaints[0].startswith("agrivision: ResNet101 on rgb, seed 1 failed: ValueError: ")
-    assert complaints[1].startswith("agrivision: table1_modality failed: its training ResNet101 on rgb, seed 1 failed: ")
+    assert complaints[1].startswith("agrivision: table1_modality failed: its run ResNet101 on rgb, seed 1 failed: ")
     assert "is not a complete safetensors file" in complaints[0]
     assert trained.workspace.finished(whole) and not trained.workspace.finished(broken)

@@ -65,7 +65,7 @@ def test_signals(signum, code, tmp_path):
     process.send_signal(signum)
     _, printed = process.communicate(timeout=60)
     assert process.returncode == code
-    assert printed.splitlines()[-1] == "agrivision: stopped; the same command goes on from the last saved state"
+    assert printed.splitlines()[-1] == "agrivision: stopped; the same command resumes from the last saved state"
     (row,) = list_runs(tmp_path).to_dict("records")
     assert row["state"].startswith(f"stopped: {signum.name}, saved at ")
     (state,) = tmp_path.glob("runs/*/state/state.safetensors")

@@ -1,4 +1,4 @@
-"""Fail unless the notebooks are clean and the package and README.md are what they export."""
+"""Check that the notebooks are clean and that the package and README.md match their export."""
 
 import filecmp
 import shutil
@@ -12,13 +12,13 @@ COPIED = ("nbs", "agrivision_repro", "settings.ini", "pyproject.toml", "README.m
 
 
 def list_files(folder: Path) -> set[Path]:
-    "List what is compared: notebooks, modules and README.md."
+    "List the files to compare: notebooks, modules and README.md."
     every = [*folder.glob("nbs/**/*.ipynb"), *folder.glob("agrivision_repro/**/*.py"), folder / "README.md"]
     return {p.relative_to(folder) for p in every if ".ipynb_checkpoints" not in p.parts}
 
 
 def find_differences(root: Path) -> list[str]:
-    "Export a copy of the checkout and name every file that comes out different."
+    "Export a copy of the checkout and list every file that differs."
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / root.name
         copy.mkdir()
@@ -34,5 +34,5 @@ def find_differences(root: Path) -> list[str]:
 if __name__ == "__main__":
     different = find_differences(ROOT)
     if different:
-        sys.exit(f"out of step with the notebooks: {', '.join(different)}\nmend it with: make export")
-    print("notebooks clean, package and README.md in step")
+        sys.exit(f"not up to date with the notebooks: {', '.join(different)}\nfix with: make export")
+    print("notebooks clean, package and README.md up to date")

@@ -1,4 +1,4 @@
-"""Bring everything generated in step with the notebooks: the package, clean notebooks, README.md.
+"""Regenerate the package and README.md from the notebooks, and clean the notebooks.
 
 usage: export.py [--run] [NAME ...]     --run executes the notebooks (all, or those named) and saves their outputs
 """
@@ -20,7 +20,7 @@ NBS = ROOT / "nbs"
 
 
 def find_notebooks(names: list[str]) -> list[Path]:
-    "List the notebooks in reading order, the index last; it shows what the others make."
+    "List the notebooks in reading order, with the index last: it shows the others' outputs."
     every = [p for p in sorted(NBS.rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
     every.sort(key=lambda p: (p.stem == "index", p.parent != NBS, p.name))
     unknown = set(names) - {p.stem for p in every}
@@ -30,7 +30,7 @@ def find_notebooks(names: list[str]) -> list[Path]:
 
 
 def run(path: Path) -> None:
-    "Execute a notebook in its own folder and save what it shows, progress bars left out."
+    "Execute a notebook in its own folder and save its outputs without progress bars."
     notebook = nbformat.read(path, as_version=4)
     ExecutePreprocessor(timeout=600, kernel_name="python3").preprocess(notebook, {"metadata": {"path": str(path.parent)}})
     for cell in notebook.cells:
@@ -69,7 +69,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     export(ROOT)
     if args.run:
-        os.environ["AGRIVISION_OUT"] = tempfile.mkdtemp()  # so that notebooks train anew
+        os.environ["AGRIVISION_OUT"] = tempfile.mkdtemp()  # so that notebooks retrain
         for notebook_path in find_notebooks(args.names):
             run(notebook_path)
         export(ROOT)

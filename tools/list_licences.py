@@ -1,6 +1,6 @@
-"""List the licence of every run-time dependency as its own metadata states it, in LICENCES.md between its two marks.
+"""Write the license of every run-time dependency, from its metadata, between the two markers in LICENCES.md.
 
-usage: list_licences.py [--check]     --check writes nothing and fails if a dependency is missing there
+usage: list_licences.py [--check]     --check writes nothing and fails if a dependency is not listed
 """
 
 import re
@@ -17,7 +17,7 @@ BEGIN, END = "<!-- begin: tools/list_licences.py -->", "<!-- end -->"
 
 
 def list_dependencies(root: Path = ROOT) -> list[str]:
-    "Name what settings.ini asks for at run time, the extras `notebooks`, `cluster` and `geo` included."
+    "List the run-time requirements in settings.ini, including the extras `notebooks`, `cluster` and `geo`."
     parser = ConfigParser(delimiters=["="])
     parser.read(root / "settings.ini", encoding="utf-8")
     asked = [word for key in RUN_TIME for word in shlex.split(parser["DEFAULT"][key])]
@@ -25,7 +25,7 @@ def list_dependencies(root: Path = ROOT) -> list[str]:
 
 
 def name_licence(name: str) -> str:
-    "Give the licence of an installed distribution: its expression, else its classifiers, else the first line of its text."
+    "Return the license of an installed distribution: its expression, else its classifiers, else the first line of its text."
     known = metadata(name)
     if known.get("License-Expression"):
         return known["License-Expression"]
@@ -34,7 +34,7 @@ def name_licence(name: str) -> str:
 
 
 def make_table() -> str:
-    "Write a row a dependency."
+    "Format one row per dependency."
     rows = [f"| {name} | {name_licence(name)} |" for name in list_dependencies()]
     return "\n".join(["| package | licence |", "|---|---|", *rows])
 

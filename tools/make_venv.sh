@@ -1,5 +1,5 @@
 #!/bin/sh
-# Make a virtual environment with everything, or say in plain words what is missing. No compiler is needed.
+# Make a virtual environment with all dependencies, or print what is missing. No compiler is needed.
 # usage: [PYTHON=python3.12] [PIP_ARGS=...] make_venv.sh FOLDER
 set -u
 folder=$1
@@ -10,7 +10,7 @@ for python in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
 done
 if [ -z "${found:-}" ]; then
     echo "No Python of version 3.11 or newer found (tried: ${PYTHON:-python3 python3.13 python3.12 python3.11})." >&2
-    echo "Install one, or name it: make ... PYTHON=/path/to/python3.12" >&2
+    echo "Install one, or set its path: make ... PYTHON=/path/to/python3.12" >&2
     exit 1
 fi
 if ! "$found" -c 'import venv, ensurepip' 2>/dev/null; then
@@ -19,8 +19,8 @@ if ! "$found" -c 'import venv, ensurepip' 2>/dev/null; then
     exit 1
 fi
 "$folder/bin/python" -c "$is_new_enough" 2>/dev/null || "$found" -m venv --clear "$folder" || exit 1
-echo "Installing into $folder ($("$folder/bin/python" --version)): some gigabytes the first time, most of them torch."
+echo "Installing into $folder ($("$folder/bin/python" --version)): several gigabytes the first time, mostly torch."
 if ! "$folder/bin/python" -m pip install -q ${PIP_ARGS:-} -c constraints.txt -e '.[notebooks,cluster,geo,dev]'; then
-    echo "pip could not install the packages above: see its message; the usual causes are no network or a full disk." >&2
+    echo "pip could not install the packages: see its message above; the usual causes are no network or a full disk." >&2
     exit 1
 fi

@@ -1,13 +1,13 @@
 #!/bin/bash
-# The trainings on a Slurm cluster whose nodes share a folder. Two ways:
+# Train on a Slurm cluster whose nodes share a folder. Two ways:
 #
 #   sbatch --nodes 2 tools/slurm.sh ray --scale paper --data agrivision-2020 --data-root /shared/Agriculture-Vision --out /shared/out
-#       Ray over all nodes; `agrivision reproduce --ray` queues every Run of the tables, one GPU each.
+#       Ray on all nodes; `agrivision reproduce --ray` queues every Run of the tables, one GPU each.
 #   sbatch --nodes 2 tools/slurm.sh torchrun --scale paper --data agrivision-2020 --data-root … --out … -p norm=ibn_s -p channels=rgb
-#       one Run over all GPUs of all nodes; `agrivision train` takes what follows.
+#       one Run on all GPUs of all nodes; `agrivision train` receives the other arguments.
 #
-# Everything after the first word is handed on. Sent again, the same job goes on from the saved states.
-# Set GPUs, time and partition for your cluster here or on sbatch's command line; VENV where the project is not installed in .venv.
+# All arguments after the first are passed on. If resubmitted, the job resumes from the saved states.
+# Set GPUs, time and partition for your cluster here or on sbatch's command line; set VENV if the project is not installed in .venv.
 #SBATCH --job-name=agrivision
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -22,7 +22,7 @@ set -euo pipefail
 usage="usage: sbatch [options of sbatch] tools/slurm.sh ray|torchrun [options of agrivision reproduce|train]"
 way=${1:-}
 case $way in ray | torchrun) shift ;; *) echo "$usage" >&2; exit 2 ;; esac
-if [ -z "${SLURM_JOB_ID:-}" ]; then echo "this is a job of Slurm; $usage" >&2; exit 2; fi
+if [ -z "${SLURM_JOB_ID:-}" ]; then echo "not inside a Slurm job; $usage" >&2; exit 2; fi
 
 venv=${VENV:-$SLURM_SUBMIT_DIR/.venv}
 if [ ! -x "$venv/bin/agrivision" ]; then echo "no $venv/bin/agrivision: install the project there, or set VENV" >&2; exit 2; fi
@@ -30,7 +30,7 @@ export PATH="$venv/bin:$PATH" RAY_USAGE_STATS_ENABLED=0
 n_nodes=$SLURM_JOB_NUM_NODES
 gpus=${SLURM_GPUS_ON_NODE:-0}
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-port=$((20000 + SLURM_JOB_ID % 20000)) # jobs that share a node do not meet
+port=$((20000 + SLURM_JOB_ID % 20000)) # jobs that share a node use different ports
 
 if [ "$way" = torchrun ]; then
     per_node=$((gpus > 0 ? gpus : 1))
@@ -39,7 +39,7 @@ if [ "$way" = torchrun ]; then
         --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$head:$port" --no-python agrivision train "$@"
 fi
 
-# one step holds Ray's head, one the other nodes; both end with the job
+# one step runs Ray's head, another the other nodes; both end with the job
 ray_on="ray start --block --num-cpus ${SLURM_CPUS_PER_TASK:-1} --num-gpus $gpus"
 srun --overlap --nodes 1 --ntasks 1 --nodelist "$head" $ray_on --head --port "$port" --include-dashboard false &
 if [ "$n_nodes" -gt 1 ]; then

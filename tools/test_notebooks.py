@@ -1,4 +1,4 @@
-"""Run nbdev_test on every notebook, in a folder of results that is made for it, within a time limit."""
+"""Run nbdev_test on every notebook with a temporary results folder and a time limit."""
 
 import os
 import subprocess

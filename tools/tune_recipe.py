@@ -1,10 +1,10 @@
-"""Try laptop recipes on ResNet101 alone, on a held-out part of the *training* tiles, and keep what came of each in a table.
+"""Evaluate laptop recipes on ResNet101 alone, on a held-out part of the *training* tiles; append one table row per recipe and seed.
 
 usage: tune_recipe.py DATA TABLE.csv [--data-root DIR] [--out DIR] [--seeds 0,1] [--channels rgb] [--n-train N]
        FIELD=VALUE[,FIELD=VALUE ...] ...
 
 Each argument is one recipe: the fields of `Recipe` in which it differs from the laptop scale's. `iterations=N` keeps the laptop's
-proportions of constant phase and decay. A row that the table holds already is not run again.
+proportions of constant phase and decay. Rows already in the table are not run again.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from agrivision_repro.data import find_edition
 from agrivision_repro.runs import Run, Workspace, build_loss, build_model, plan_run
 from agrivision_repro.training import Recipe, Trainer, fit, make_engine, recalibrate_norms, score_tiles
 
-HELD_OUT = 4  # one in so many places of the training tiles is scored on, and not trained on
+HELD_OUT = 4  # one in so many places of the training tiles is held out for scoring
 
 
 def read_recipe(base: Recipe, words: str) -> Recipe:
-    "Change fields of a recipe by their names."
+    "Set fields of a recipe by name."
     fields = dict(word.split("=") for word in words.split(","))
     changes = {name: literal_eval(value) if value[0] in "0123456789" else value for name, value in fields.items()}
     n, warmup = changes.pop("iterations", base.iterations), changes.pop("warmup", base.warmup)
@@ -36,7 +36,7 @@ def read_recipe(base: Recipe, words: str) -> Recipe:
 
 
 def split_training(run: Run, workspace: Workspace, n_train: int) -> tuple[Feed, Feed]:
-    "Split the training tiles by place into at most `n_train` to train on and those to score on."
+    "Split the training tiles by place into at most `n_train` for training and the rest for scoring."
     feed, fields = workspace.feed(run, "train"), list(workspace.open(run.data, run.farm, "train").fields)
     held = set(sorted(set(fields))[::HELD_OUT])
     kept, scored = ([feed.tiles[k] for k, f in enumerate(fields) if (f in held) == is_held] for is_held in (False, True))
@@ -44,7 +44,7 @@ def split_training(run: Run, workspace: Workspace, n_train: int) -> tuple[Feed, 
 
 
 def last_norms(model: torch.nn.Module) -> float:
-    "Average |gamma| of the last norms of the residual branches."
+    "Return the mean |gamma| of the residual branches' last norms."
     blocks = [b for k in (1, 2, 3, 4) for b in model.backbone.get_submodule(f"layer{k}")]
     return float(torch.cat([(b.bn3 if hasattr(b, "bn3") else b.bn2).weight.detach().abs() for b in blocks]).mean())
 
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("data"), parser.add_argument("table", type=Path), parser.add_argument("recipes", nargs="+")
     parser.add_argument("--data-root", default=""), parser.add_argument("--out", default="out/tuning")
     parser.add_argument("--seeds", default="0"), parser.add_argument("--channels", default="rgb")
-    parser.add_argument("--n-train", type=int, default=0, help="train on at most so many tiles, evenly spread; 0: all")
+    parser.add_argument("--n-train", type=int, default=0, help="maximum number of training tiles, evenly spread; 0: all")
     args = parser.parse_args()
     workspace = Workspace(args.out, args.data_root, "cpu")
     for words in args.recipes:
