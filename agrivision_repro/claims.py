@@ -5,28 +5,41 @@
 # %% ../nbs/74_claims.ipynb #cell-02
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from .class_tables import compare
-from .figures import NETS, divergence_and_score, figure2_medians, figure2_scores, rank_correlation, switch_weights
-from .paired import Comparison
+from .figures import NETS, divergence_and_score, figure2_scores, switch_weights
 from .paper import CLAIMS, UNSUPPORTED
 from .runs import Result, Workspace
+from agrivision_repro.significance import (
+    AGREES,
+    DISAGREES,
+    LEVEL,
+    RATIO_MARGIN,
+    UNDECIDED,
+    Effect,
+    combine,
+    depth_contrast,
+    holm,
+    judge_all,
+    log_ratio,
+    paired_effect,
+)
 from .training import Recipe
 
 # %% auto #0
-__all__ = ['AGREES', 'DISAGREES', 'NOISE', 'UNTESTED', 'MIN_SEEDS', 'S', 'A', 'R', 'TWO', 'THREE', 'EIGHT', 'LOSSES', 'JUDGES',
-           'BEYOND', 'Finding', 'judge_difference', 'judge_ratio', 'judge_correlation', 'Evidence', 'judge_best',
-           'judge_layers', 'judge_depth', 'judge_shares', 'judge_cause', 'judge_claims', 'claims_table']
+__all__ = ['UNTESTED', 'FIG2', 'FALL', 'MODALITY', 'S', 'A', 'R', 'TWO', 'THREE', 'EIGHT', 'LOSSES', 'JUDGES', 'BEYOND',
+           'Finding', 'write_points', 'write_factor', 'find', 'Evidence', 'judge_ratio', 'judge_layers', 'judge_depth',
+           'judge_shares', 'judge_cause', 'judge_claims', 'claims_table']
 
 # %% ../nbs/74_claims.ipynb #cell-05
-AGREES, DISAGREES, NOISE, UNTESTED = "agrees", "disagrees", "within noise", "not tested at this scale"
-MIN_SEEDS = 3  # fewer give no verdict
+UNTESTED = "not tested at this scale"
+FIG2 = "fig2_divergence"
+FALL = {"sign": -1, "margin": RATIO_MARGIN, "size": RATIO_MARGIN}  # a fifth less, or more
 
 
 class Finding(NamedTuple):
@@ -35,53 +48,81 @@ class Finding(NamedTuple):
     measured: str
     verdict: str
     table: str = ""  # the table that shows it: a key of `tables.TABLES`
+    p: float = np.nan  # the largest p value of its effects
+    detectable: float = np.nan  # the smallest effect that would be found, in the unit of the measurement; of several, the largest
 
 
-def judge_difference(found: Comparison, what: str, table: str) -> Finding:
-    "Judge a claim that a difference is above zero."
-    verdict = AGREES if found.low > 0 else DISAGREES if found.high < 0 else NOISE
-    return Finding(f"{what}: {found.difference:+.1f} points ({found.low:+.1f} to {found.high:+.1f})", verdict, table)
+def write_points(effect: Effect) -> str:
+    "Write an effect in points with its interval."
+    low, high = effect.interval()
+    return f"{effect.estimate:+.1f}" + (f" ({low:+.1f} to {high:+.1f})" if effect.n_seeds > 1 else "")
 
 
-def judge_ratio(ratios: dict[str, float], what: str, table: str) -> Finding:
-    "Judge a claim that divergence falls, from ratios of medians per training modality."
-    values = list(ratios.values())
-    verdict = AGREES if max(values) <= 0.8 else DISAGREES if min(values) >= 1 else NOISE
-    return Finding(f"{what}: " + ", ".join(f"{v:.2f} trained on {name}" for name, v in ratios.items()), verdict, table)
+def write_factor(effect: Effect) -> str:
+    "Write the effect on a logarithm as a factor with its interval."
+    low, high = np.exp(effect.interval())
+    return f"×{np.exp(effect.estimate):.2f}" + (f" ({low:.2f} to {high:.2f})" if effect.n_seeds > 1 else "")
 
 
-def judge_correlation(r: float, n: int, sign: int, what: str, table: str) -> Finding:
-    "Judge a claim that a rank correlation is positive or negative."
-    limit = 1.96 / np.sqrt(n - 1) if n > 3 else np.inf
-    verdict = NOISE if not abs(r) > limit else AGREES if np.sign(r) == sign else DISAGREES
-    return Finding(f"{what}: rank correlation {r:+.2f} over {n}", verdict, table)
+def find(
+    effects: Mapping[str, Effect],  # under what → effect; all must have the claimed sign
+    what: str,
+    table: str,
+    write: Callable[[Effect], str] = write_points,
+    **rule: float,  # sign, margin and size of `significance.judge`
+) -> Finding:
+    "Judge effects, and write them down."
+    shown = ", ".join(f"{write(effect)} {name}".strip() for name, effect in effects.items())
+    worst = max(effects.values(), key=lambda effect: (effect.p, -abs(effect.estimate)))
+    return Finding(f"{what}: {shown}", judge_all(effects, **rule), table, worst.p, max(e.detectable for e in effects.values()))
 
 # %% ../nbs/74_claims.ipynb #cell-08
+MODALITY = {"rgb": "trained on RGB", "nir3": "trained on NIR"}
+
+
 class Evidence:
     "The finished runs and the measurements made on them."
 
     def __init__(self, results: Sequence[Result], workspace: Workspace):
-        self.results, self.workspace = list(results), workspace
+        self.results, self.workspace = sorted(results, key=lambda r: r.run.seed), workspace
 
-    def pick(self, **fields: object) -> list[Result]:  # one per seed
+    def pick(self, **fields: object) -> list[Result]:  # one per seed, in their order
         "Return the runs of one configuration; by default BCE + Dice on NRGB with 101 layers."
         wanted = {"depth": 101, "channels": "rgbn", "dice": 1.0, "lovasz": 0.0} | fields
         return [r for r in self.results if all(getattr(r.run, k) == v for k, v in wanted.items())]
 
+    def effect(self, ours: Sequence[Result], others: Sequence[Result], tested: str = "") -> Effect:  # points
+        "Estimate what `ours` gains over `others`, these tested on `tested` or on what they were trained on."
+        own, other = ([r.tile_counts(c or r.run.channels) for r in some] for some, c in ((ours, ""), (others, tested)))
+        fields = self.workspace.fields(ours[0].run)
+        return paired_effect(other, own, fields if len(set(fields)) > 1 else None)  # a single field: its tiles are drawn
+
     def differ(self, ours: dict, others: dict, what: str, table: str) -> Finding:
         "Judge whether one configuration scores higher than another."
-        return judge_difference(compare(self.pick(**ours), self.pick(**others), self.workspace), what, table)
+        return find({"": self.effect(self.pick(**ours), self.pick(**others))}, f"{what}, points", table)
+
+    def best(self, own: dict, others: Sequence[dict], what: str, table: str) -> Finding:
+        "Judge whether one configuration scores higher than each of others; the closest two are written down."
+        leads = {self.title(other): self.effect(self.pick(**own), self.pick(**other)) for other in others}
+        closest = sorted(leads, key=lambda name: leads[name].estimate)[:2]
+        shown = ", ".join(f"{write_points(leads[name])} over {name}" for name in closest)
+        return find(leads, what, table)._replace(measured=f"{what}, points: {shown}")
+
+    def title(self, fields: dict) -> str:
+        "Name a configuration by its net, and by its loss where that is not BCE + Dice."
+        run = self.pick(**fields)[0].run
+        return run.net if (run.dice, run.lovasz) == (1.0, 0.0) else f"Dice × {run.dice:g}, Lovász × {run.lovasz:g}"
 
     def decay(self, trained: str) -> Finding:
         "Judge whether a model scores lower on the other modality."
         other = {"rgb": "nir3", "nir3": "rgb"}[trained]
         own = [r for r in self.cross if (r.run.channels, r.run.norm) == (trained, "bn")]
-        return judge_difference(compare(own, own, self.workspace, other), "own − other modality", "table1_modality")
+        return find({"": self.effect(own, own, other)}, "own − other modality, points", "table1_modality")
 
     @cached_property
     def cross(self) -> list[Result]:
         "The runs of Table 1 and Figure 2: those on one modality, without Table 2's last rows."
-        one = [r for r in self.results if r.run.channels in ("rgb", "nir3")]
+        one = [r for r in self.results if r.run.channels in MODALITY]
         losses = {(r.run.dice, r.run.lovasz) for r in one if r.run.norm == "bn"}
         return [r for r in one if (r.run.dice, r.run.lovasz) in losses]
 
@@ -91,53 +132,53 @@ class Evidence:
         return figure2_scores(self.cross, self.workspace)
 
     @cached_property
-    def medians(self) -> pd.DataFrame:
-        return figure2_medians(self.layers)
+    def relation(self) -> pd.DataFrame:
+        "Medians of the divergence and scores per run, seeds in order."
+        return divergence_and_score(self.cross, self.layers).sort_values("seed")
 
-    def ratio(self, norm: str) -> dict[str, float]:  # RGB, NIR → median of a net's divergence over ResNet's
-        "Return the ratio of a net's divergence to ResNet's."
-        means = self.medians.groupby(["trained_on", "norm"])["median"].mean()
-        return {name: float(means[c, norm] / means[c, "bn"]) for c, name in (("rgb", "RGB"), ("nir3", "NIR"))}
+    def per_seed(self, trained: str, norm: str) -> pd.DataFrame:  # rows of `relation`
+        return self.relation[(self.relation.trained_on == trained) & (self.relation.norm == norm)]
 
 # %% ../nbs/74_claims.ipynb #cell-10
-def judge_best(evidence: Evidence, own: dict, others: Sequence[dict], what: str, table: str) -> Finding:
-    "Judge whether one configuration scores higher than the best of others."
-    def mean(fields: dict) -> float:
-        return float(np.mean([r.scores[r.run.channels]["multilabel"]["mean"] for r in evidence.pick(**fields)]))
-
-    return evidence.differ(own, max(others, key=mean), what, table)
+def judge_ratio(evidence: Evidence, norm: str) -> Finding:
+    "Judge whether a net's divergence is lower than ResNet's."
+    medians = {c: [evidence.per_seed(c, n)["median"].to_numpy() for n in ("bn", norm)] for c in MODALITY}
+    effects = {MODALITY[c]: log_ratio(*pair) for c, pair in medians.items()}
+    return find(effects, f"median divergence, {NETS[norm]} / ResNet", FIG2, write_factor, **FALL)
 
 
 def judge_layers(evidence: Evidence, norm: str) -> Finding:
-    "Judge whether a net diverges less than ResNet in most layers, for either training modality."
-    own = evidence.medians[evidence.medians.norm == norm]
-    shares = (own.below / own.layers).tolist()
-    shown = [f"{100 * s:.0f} % trained on {c[:3].upper()}" for s, c in zip(shares, own.trained_on, strict=True)]
-    verdict = AGREES if min(shares) > 0.5 else DISAGREES if max(shares) < 0.5 else NOISE
-    return Finding(f"layers with lower divergence than ResNet's: {', '.join(shown)}", verdict, "fig2_divergence")
+    "Judge whether a net diverges less than ResNet in more than half of the layers."
+    rows = {c: evidence.per_seed(c, norm) for c in MODALITY}
+    effects = {MODALITY[c]: combine(100 * own.below / own.layers - 50) for c, own in rows.items()}
+    return find(effects, "share of layers with lower divergence than ResNet's, points above half", FIG2, margin=5.0)
 
 
-def judge_depth(evidence: Evidence) -> Finding:
-    "Judge whether divergence falls with depth in ResNet."
-    own = evidence.layers.query("norm == 'bn' and estimator == 'sample'").groupby("depth").divergence.mean()
-    r = rank_correlation(own.index.to_series(), own)
-    return judge_correlation(r, len(own), -1, "divergence against depth, ResNet", "fig2_divergence")
+def judge_depth(evidence: Evidence, norm: str) -> Finding:
+    "Judge whether divergence falls with depth."
+    own = evidence.layers.query("norm == @norm and estimator == 'sample'")
+    curves = {c: own[own.trained_on == c].pivot(index="seed", columns="depth", values="divergence").to_numpy() for c in MODALITY}
+    effects = {MODALITY[c]: depth_contrast(curve) for c, curve in curves.items()}
+    return find(effects, f"divergence of {NETS[norm]}, last third of the layers / first third", FIG2, write_factor, **FALL)
 
 
 def judge_shares(evidence: Evidence) -> Finding:
     "Judge whether SwitchNorm's share of instance moments falls with depth."
-    tables = [switch_weights(r.model()) for r in evidence.cross if r.run.norm == "ibn_s"]
-    shares = pd.concat(tables).groupby("depth").IN.mean()
-    what = f"share of IN against depth, {shares.min():.2f} to {shares.max():.2f}"
-    return judge_correlation(rank_correlation(shares.index.to_series(), shares), len(shares), -1, what, "fig2_divergence")
+    effects = {}
+    for channels, name in MODALITY.items():
+        nets = [r for r in evidence.cross if (r.run.channels, r.run.norm) == (channels, "ibn_s")]
+        thirds = [np.array_split(switch_weights(r.model()).groupby("depth").IN.mean().to_numpy(), 3) for r in nets]
+        effects[name] = combine([100 * (last.mean() - first.mean()) for first, _, last in thirds])
+    return find(effects, "share of IN, last third of the SwitchNorms − first third, points", FIG2, sign=-1)
 
 
 def judge_cause(evidence: Evidence) -> Finding:
-    "Judge whether runs with less divergence score higher on their own modality."
-    relation = divergence_and_score(evidence.cross, evidence.layers)
-    ranks = relation.groupby("trained_on")[["median", "own"]].rank()  # the scales of RGB and NIR differ
-    r = float(ranks["median"].corr(ranks.own))
-    return judge_correlation(r, len(ranks), -1, "divergence against mIoU, ranked by modality", "fig2_divergence")
+    "Judge whether runs with less divergence score higher on their own modality, from a line through the nets of each seed."
+    effects = {}
+    for channels, name in MODALITY.items():
+        seeds = evidence.relation[evidence.relation.trained_on == channels].groupby("seed")
+        effects[name] = combine([np.polyfit(np.log10(nets["median"]), nets.own, 1)[0] for _, nets in seeds])
+    return find(effects, "own mIoU per tenfold divergence, points", FIG2, sign=-1)
 
 # %% ../nbs/74_claims.ipynb #cell-11
 S, A, R, TWO, THREE = {"norm": "ibn_s"}, {"norm": "ibn_a"}, {"norm": "bn"}, "table2_backbones", "table3_losses"
@@ -145,21 +186,21 @@ EIGHT = [{"depth": depth, "norm": norm} for depth in (50, 101) for norm in NETS]
 LOSSES = [A | {"dice": float(d), "lovasz": float(lv)} for d in (0, 1) for lv in (0, 1)]
 JUDGES: dict[str, Callable[[Evidence], Finding]] = {
     "naive_fusion": lambda e: e.differ(S, R, "NRGB: IBN-Net101-s − ResNet101", TWO),
-    "less_divergence": lambda e: judge_ratio(e.ratio("ibn_s"), "median divergence, IBN-s / ResNet", "fig2_divergence"),
+    "less_divergence": partial(judge_ratio, norm="ibn_s"),
     "nrgb_gain": lambda e: e.differ(S, S | {"channels": "rgb"}, "IBN-Net101-s: NRGB − RGB alone", TWO),
-    "figure2": lambda e: judge_ratio(e.ratio("ibn_a"), "median divergence, IBN-a / ResNet", "fig2_divergence"),
-    "val_gain": lambda e: e.differ(LOSSES[3], LOSSES[0], "IBN-Net101-a: hybrid loss − BCE", THREE),
+    "figure2": partial(judge_ratio, norm="ibn_a"),
+    "val_gain": lambda e: e.differ(S | {"lovasz": 1.0}, R, "IBN-Net101-s, hybrid loss − ResNet101", THREE),
     "decay_rgb": lambda e: e.decay("rgb"),
     "decay_nir3": lambda e: e.decay("nir3"),
     "most_layers": partial(judge_layers, norm="ibn_a"),
     "ibn_gain": lambda e: e.differ(A, R, "NRGB: IBN-Net101-a − ResNet101", TWO),
-    "deeper_layers": judge_depth,
+    "deeper_layers": partial(judge_depth, norm="ibn_a"),
     "depth_choice": judge_shares,
-    "best_backbone": lambda e: judge_best(e, EIGHT[-1], EIGHT[:-1], "IBN-Net101-s − best of the other seven", TWO),
+    "best_backbone": lambda e: e.best(EIGHT[-1], EIGHT[:-1], "IBN-Net101-s − each of the other seven", TWO),
     "gain_over_resnet": lambda e: e.differ(S, R, "IBN-Net101-s − ResNet101", TWO),
     "gain_over_ibn_a": lambda e: e.differ(S, A, "IBN-Net101-s − IBN-Net101-a", TWO),
     "dice_gain": lambda e: e.differ(LOSSES[2], LOSSES[0], "IBN-Net101-a: BCE + Dice − BCE", THREE),
-    "best_loss": lambda e: judge_best(e, LOSSES[3], LOSSES[:3], "IBN-Net101-a: hybrid − best of the other three", THREE),
+    "best_loss": lambda e: e.best(LOSSES[3], LOSSES[:3], "IBN-Net101-a: hybrid − each of the other three", THREE),
     "cause": judge_cause,
 }
 BEYOND = {"test_score": "the test set's labels are not published"} | {k: v for k, v in UNSUPPORTED.items() if k not in JUDGES}
@@ -168,18 +209,19 @@ BEYOND = {"test_score": "the test set's labels are not published"} | {k: v for k
 def judge_claims(
     results: Sequence[Result],  # of `tables.all_runs`
     workspace: Workspace,
-) -> pd.DataFrame:  # a row per claim: key, where, sentence, printed, measured, verdict, table
+) -> pd.DataFrame:  # a row per claim: key, where, sentence, printed, those of `Finding`, holm: the verdict after Holm's adjustment
     "Judge every claim."
-    evidence, rows = Evidence(results, workspace), []
+    evidence, rows = Evidence(results, workspace), {}
     too_short = results[0].run.recipe.iterations < 100  # too few to learn anything
-    n_seeds = len({r.run.seed for r in results})
     for claim in CLAIMS:
-        finding = Finding(BEYOND[claim.key], UNTESTED) if claim.key in BEYOND else JUDGES[claim.key](evidence)
-        verdict = UNTESTED if too_short or claim.key in BEYOND else finding.verdict
-        if verdict != UNTESTED and n_seeds < MIN_SEEDS:
-            verdict = f"not judged: {n_seeds} of {MIN_SEEDS} seeds"
-        rows.append((claim.key, claim.where, claim.sentence, claim.printed, finding.measured, verdict, finding.table))
-    return pd.DataFrame(rows, columns=["key", "where", "sentence", "printed", "measured", "verdict", "table"])
+        found = Finding(BEYOND[claim.key], UNTESTED) if claim.key in BEYOND else JUDGES[claim.key](evidence)
+        found = found._replace(verdict=UNTESTED) if too_short else found
+        rows[claim.key] = (claim.where, claim.sentence, claim.printed, *found)
+    columns = ["where", "sentence", "printed", *Finding._fields]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("key").reset_index()
+    adjusted = table.key.map(holm(table.dropna(subset="p").set_index("key").p.to_dict()))
+    is_lost = table.verdict.isin((AGREES, DISAGREES)) & ~(adjusted < 1 - LEVEL)
+    return table.assign(holm=table.verdict.mask(is_lost, UNDECIDED))
 
 
 def claims_table(
@@ -196,6 +238,8 @@ def claims_table(
         "claim": [f"“{sentence}”" for sentence in judged.sentence],
         "printed": [f"{p:g}" if p == p and p is not None else "–" for p in judged.printed],
         "measured here": judged.measured.tolist(),
+        "detectable": [f"{d:.1f}" if d == d else "–" for d in judged.detectable],
         "verdict" if is_papers else f"direction, on {run.edition.title}": verdicts,
+        "after Holm": judged.holm.tolist(),
         "seen in": links,
     }, index=pd.Index(judged["where"], name=""))

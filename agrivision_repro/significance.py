@@ -16,7 +16,7 @@ from .paired import stack_seeds, sum_groups
 
 # %% auto #0
 __all__ = ['LEVEL', 'POWER', 'AGREES', 'DISAGREES', 'NO_EFFECT', 'UNDECIDED', 'NOT_JUDGED', 'MIN_SEEDS', 'RATIO_MARGIN', 'Effect',
-           'combine', 'draw_fields', 'paired_effect', 'judge', 'log_ratio', 'depth_contrast', 'holm', 'judge_best',
+           'combine', 'draw_fields', 'paired_effect', 'judge', 'log_ratio', 'depth_contrast', 'holm', 'judge_all',
            'simulate_nets']
 
 # %% ../nbs/36_significance.ipynb #9e34277e
@@ -29,7 +29,7 @@ class Effect:
 
     estimate: float
     variances: tuple[float, ...]  # of the estimate: due to seeds, then to fields
-    dfs: tuple[int, ...]  # degrees of freedom of each, at least 1
+    dfs: tuple[int, ...]  # degrees of freedom of each; 0 for a single seed, whose variance is NaN
 
     @property
     def n_seeds(self) -> int:
@@ -60,15 +60,16 @@ class Effect:
 
 # %% ../nbs/36_significance.ipynb #1c0773e3
 def combine(
-    per_seed: Sequence[float],  # a difference per seed, two or more
+    per_seed: Sequence[float],  # a difference per seed
     field_variance: float = 0.0,  # of their mean, due to the choice of fields
     n_fields: int = 0,  # 0: fields are not a source of error
 ) -> Effect:
     "Combine the differences of several seeds."
     d = np.asarray(per_seed, float)
-    if len(d) < 2 or not np.isfinite(d).all():
-        raise ValueError(f"per_seed is {d.round(3).tolist()}: wanted two finite differences or more, one per seed")
-    parts = [(float(d.var(ddof=1) / len(d)), len(d) - 1)] + ([(field_variance, n_fields - 1)] if n_fields else [])
+    if not len(d) or not np.isfinite(d).all():
+        raise ValueError(f"per_seed is {d.round(3).tolist()}: wanted finite differences, one per seed")
+    of_seeds = float(d.var(ddof=1) / len(d)) if len(d) > 1 else np.nan  # one seed says nothing about its error
+    parts = [(of_seeds, len(d) - 1)] + ([(field_variance, n_fields - 1)] if n_fields else [])
     return Effect(float(d.mean()), *map(tuple, zip(*parts, strict=True)))
 
 # %% ../nbs/36_significance.ipynb #ff08eb78
@@ -124,9 +125,9 @@ def judge(
     size: float = 0.0,  # the least effect that the claim speaks of, of the claimed sign
 ) -> str:
     "Turn an effect into a verdict."
-    low, high = effect.interval()
     if effect.n_seeds < MIN_SEEDS:
         return NOT_JUDGED
+    low, high = effect.interval()
     if -margin < low and high < margin and size >= margin:
         return NO_EFFECT
     if low > 0 or high < 0:
@@ -165,17 +166,19 @@ def holm(
     return {name: adjusted[name] for name in p}
 
 
-def judge_best(
-    leads: Mapping[str, Effect],  # other net → what the claimed best gains over it
-    margin: float = 1.0,  # effects within ± this do not matter
+def judge_all(
+    effects: Mapping[str, Effect],  # all of them must have the claimed sign
+    sign: int = 1,
+    margin: float = 1.0,  # as in `judge`
+    size: float = 0.0,
 ) -> str:
-    "Judge whether one net is above all others."
-    verdicts = {judge(effect, 1, margin) for effect in leads.values()}
-    adjusted = holm({name: effect.p for name, effect in leads.items()})
+    "Judge a claim that holds only if each of several effects does."
+    verdicts = {judge(effect, sign, margin, size) for effect in effects.values()}
+    adjusted = holm({name: effect.p for name, effect in effects.items()})
     if NOT_JUDGED in verdicts or verdicts == {AGREES}:
         return NOT_JUDGED if NOT_JUDGED in verdicts else AGREES
-    is_beaten = any(adjusted[name] < 1 - LEVEL and effect.estimate < 0 for name, effect in leads.items())
-    return DISAGREES if is_beaten else NO_EFFECT if verdicts <= {AGREES, NO_EFFECT} else UNDECIDED
+    is_contradicted = any(adjusted[name] < 1 - LEVEL and sign * effect.estimate < 0 for name, effect in effects.items())
+    return DISAGREES if is_contradicted else NO_EFFECT if verdicts <= {AGREES, NO_EFFECT} else UNDECIDED
 
 # %% ../nbs/36_significance.ipynb #55caa452
 def simulate_nets(
