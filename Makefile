@@ -56,10 +56,9 @@ bench: $(VENV)/.ready
 
 # tables and pictures at the top of README.md: Figure 2 and Table 1 with three seeds; AG_NET and NAIP are folders of the open data
 showcase: $(VENV)/.ready
-	$(BIN)/agrivision reproduce fig2_divergence --seeds 0,1,2 --data synthetic --out out/synthetic
 	$(BIN)/agrivision reproduce fig2_divergence --seeds 0,1,2 --data naip-trees --data-root "$(NAIP)" --out out/naip-trees
 	$(BIN)/agrivision reproduce fig2_divergence --seeds 0,1,2 --data ag-net --data-root "$(AG_NET)" --out out/ag-net
-	for data in synthetic naip-trees ag-net; do \
+	for data in naip-trees ag-net; do \
 	  cp out/$$data/fig2_divergence.csv nbs/showcase/fig2_$$data.csv && cp out/$$data/fig2_divergence.png nbs/showcase/fig2_$$data.png || exit 1; done
 	$(BIN)/python tools/export.py --run index
 

@@ -79,7 +79,7 @@ def reflectance(name: str) -> np.ndarray:  # `(4, 1, 1)` float32
     "Return the reflectance of a material, shaped to broadcast over an image."
     return np.array(MATERIALS[name], np.float32)[:, None, None]
 
-# %% ../nbs/12_synthetic.ipynb #cell-13
+
 def lay(
     picture: np.ndarray,  # reflectance, `(4, H, W)` float32; changed in place
     what: np.ndarray,  # reflectance, `(4, H, W)` or `(4, 1, 1)`

@@ -86,8 +86,8 @@ def test_crops_are_trained_on_and_whole_tiles_scored(paces, tmp_path):
     run = plan_run("laptop", "synthetic", channels="rgb")
     run = replace(run, recipe=replace(run.recipe, crop=64))
     plan = estimate({"one": [run]}, Workspace(tmp_path, device="cpu"))
-    n_looks = 5 + 2 * 2  # 500 iterations, a look every 100, at the end two checkpoints on two modalities
-    assert plan.hours() * 3600 == pytest.approx(500 * 4 * 1.0 + n_looks * 40 * 0.5 * 4)  # four times the area
+    n_looks = 1 + 2 * 2  # 500 iterations, one look at their end, then two checkpoints on two modalities
+    assert plan.hours() * 3600 == pytest.approx(500 * 8 * 1.0 + n_looks * 96 * 0.5 * 4)  # batches of 8; four times the area
 
 
 @pytest.mark.parametrize("seed", range(20))
