@@ -311,4 +311,5 @@ INPUT = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "pool_size"
 TIMM_NAMES = {f"resnet{depth}_{norm}": (depth, norm) for depth in DEPTHS for norm in NORMS[1:]}
 default_cfgs = generate_default_cfgs({name: {"url": IMAGENET_URLS.get(key, ""), **INPUT} for name, key in TIMM_NAMES.items()})
 for _name, _key in TIMM_NAMES.items():
-    globals()[_name] = register_model(make_entry(_name, *_key))  # timm adds each name to `__all__`
+    register_model(make_entry(_name, *_key))
+    __all__.remove(_name)  # noqa: F821 timm adds it, but the module has no such attribute

@@ -277,7 +277,7 @@ def test_what_differs_is_named(fault, upstream, tmp_path, refused):
         archive.add(copy, "top")
     refused(tmp_path / "copy.tar.gz", "copy.tar.gz is no", upstream.url, says)
     before = read_entries(copy)
-    with pytest.raises(FileExistsError, match=f"copy exists, but is not commit {upstream.commit[:7]} .*: name a folder that") as caught:
+    with pytest.raises(FileExistsError, match=f"copy exists, but is not commit {upstream.commit[:7]} .*: choose a folder that") as caught:
         fetch_trees(copy)
     assert says in str(caught.value) and read_entries(copy) == before
 

@@ -146,7 +146,7 @@ DAMAGED = {
 def test_damaged_counts(spoil, says, without):
     result, path, content = without
     path.write_bytes(spoil(content))
-    with pytest.raises(ValueError, match=f"{says}.*remove it, and agrivision runs score"):
+    with pytest.raises(ValueError, match=rf"{says}.*remove it \(then create it with agrivision runs score"):
         result.tile_counts()
 
 
