@@ -109,7 +109,7 @@ class Evidence:
         return find(leads, what, table)._replace(measured=f"{what}, points: {shown}")
 
     def title(self, fields: dict) -> str:
-        "Name a configuration by its net, and by its loss where that is not BCE + Dice."
+        "Return the name of a configuration: its net, or its loss where that is not BCE + Dice."
         run = self.pick(**fields)[0].run
         return run.net if (run.dice, run.lovasz) == (1.0, 0.0) else f"Dice × {run.dice:g}, Lovász × {run.lovasz:g}"
 
