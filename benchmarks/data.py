@@ -19,10 +19,11 @@ from PIL import Image
 from timing import set_up, show
 from torch.utils.data import DataLoader, Dataset
 
-from agrivision_repro.batches import IMAGENET, SampleStream, make_batch, training_loader
-from agrivision_repro.data import Tiles, open_tiles
-from agrivision_repro.pack import pack_split
-from agrivision_repro.synthetic import Farmland, write_farmland
+from agrivision_repro.data.batches import IMAGENET, SampleStream, make_batch, training_loader
+from agrivision_repro.data.editions import open_tiles
+from agrivision_repro.data.pack import pack_split
+from agrivision_repro.data.synthetic import Farmland, write_farmland
+from agrivision_repro.data.tiles import Tiles
 
 FARM = Farmland(size=512, train_fields=50, val_fields=1, test_fields=1)
 BATCH = 8

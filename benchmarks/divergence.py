@@ -11,8 +11,8 @@ import torch
 from timing import alternate, peak_bytes, set_up, show
 from torch import Tensor, nn
 
-from agrivision_repro.backbones import create_backbone
-from agrivision_repro.divergence import batch_mean, find_relu_layers, measure
+from agrivision_repro.analysis.moments import batch_mean, find_relu_layers, measure
+from agrivision_repro.models.backbones import create_backbone
 
 SHAPE = (8, 3, 256, 256)
 ESTIMATORS = ("sample", "pixel", batch_mean(2))

@@ -21,14 +21,16 @@ import torch
 from timing import finish
 from torch import Tensor, nn
 
-from agrivision_repro.backbones import NORMS, create_backbone
-from agrivision_repro.batches import Feed, SampleStream, training_loader
-from agrivision_repro.data import Tile
+from agrivision_repro.data.batches import Feed, SampleStream, training_loader
+from agrivision_repro.data.tiles import Tile
 from agrivision_repro.losses import bce_loss, dice_loss, lovasz_loss
 from agrivision_repro.metrics import ChallengeIoU, MultilabelIoU
-from agrivision_repro.norms import InstanceBatchNorm2d, SwitchNorm2d, SyncedBatchNorm2d
-from agrivision_repro.runs import Run, build_loss, build_model, plan_run, provenance
-from agrivision_repro.training import Trainer, compile_model, make_engine
+from agrivision_repro.models.backbones import NORMS, create_backbone
+from agrivision_repro.models.norms import InstanceBatchNorm2d, SwitchNorm2d, SyncedBatchNorm2d
+from agrivision_repro.runs.run import Run, build_loss, build_model, plan_run
+from agrivision_repro.runs.store import provenance
+from agrivision_repro.training.engine import compile_model, make_engine
+from agrivision_repro.training.loop import Trainer
 
 HERE = Path(__file__).resolve().parent
 TOLERANCE = {"norm": 1e-4, "backbone": 2e-3, "loss": 1e-4, "metric": 0.0}  # relative error of float32 on the GPU against float64 on the CPU

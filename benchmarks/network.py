@@ -13,10 +13,10 @@ import torch
 from timing import alternate, set_up, show, table_of
 from torch import nn
 
-from agrivision_repro.backbones import NORMS
-from agrivision_repro.deeplab import DeepLabV3Plus, count_gmacs
 from agrivision_repro.losses import HybridLoss
-from agrivision_repro.training import has_bf16
+from agrivision_repro.models.backbones import NORMS
+from agrivision_repro.models.deeplab import DeepLabV3Plus, count_gmacs
+from agrivision_repro.training.engine import has_bf16
 
 SHAPE = (2, 4, 256, 256)
 N_CLASSES = 7

@@ -12,7 +12,7 @@ import torch
 from timing import alternate, peak_bytes, set_up, show, table_of
 from torch import Tensor, nn
 
-from agrivision_repro.norms import InstanceBatchNorm2d, SwitchNorm2d
+from agrivision_repro.models.norms import InstanceBatchNorm2d, SwitchNorm2d
 
 SHAPES = ((8, 64, 64, 64), (8, 256, 32, 32))
 

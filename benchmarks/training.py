@@ -17,9 +17,12 @@ import pandas as pd
 import torch
 from timing import set_up, show
 
-from agrivision_repro.batches import SampleStream, training_loader
-from agrivision_repro.runs import Run, Workspace, build_loss, build_model, plan_run
-from agrivision_repro.training import SAVE_EVERY, Trainer, fit, learning_rate, make_engine
+from agrivision_repro.data.batches import SampleStream, training_loader
+from agrivision_repro.runs.run import Run, build_loss, build_model, plan_run
+from agrivision_repro.runs.workspace import Workspace
+from agrivision_repro.training.engine import make_engine
+from agrivision_repro.training.loop import SAVE_EVERY, Trainer, fit
+from agrivision_repro.training.schedule import learning_rate
 
 STEPS = 100
 

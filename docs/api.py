@@ -6,10 +6,14 @@ import json
 import re
 import tokenize
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from conf import SETTINGS
+
+BLOB = f"{SETTINGS['DEFAULT']['git_url']}/blob/{SETTINGS['DEFAULT']['branch']}"
 PACKAGE = Path(__file__).resolve().parents[1] / "agrivision_repro"
+ROOMS = ("core", "plots", "data", "losses", "metrics", "models", "analysis", "training", "runs", "predict", "report", "study", "cli")
 LONGEST_VALUE = 100  # characters of a constant's value
 FOR_TOOLS = re.compile(r"^(fmt|noqa|type|pragma|ruff)\b")
 
@@ -26,16 +30,31 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Module:
-    "A module, its notebook and its public names."
+    "A module and, if a notebook exports it, the notebook."
 
-    name: str
-    title: str  # of its notebook
-    page: str  # of its notebook, without suffix
-    cells: dict[str, str]  # public name → label of the cell that defines it
+    name: str  # dotted, without the package
+    title: str = ""  # of its notebook
+    page: str = ""  # of its notebook, without suffix; "": a plain module
+    cells: dict[str, str] = field(default_factory=dict)  # public name → label of the cell that defines it
+
+    @property
+    def path(self) -> Path:
+        return PACKAGE / f"{self.name.replace('.', '/')}.py"
 
     @property
     def source(self) -> str:
-        return (PACKAGE / f"{self.name}.py").read_text(encoding="utf-8")
+        return self.path.read_text(encoding="utf-8")
+
+    @property
+    def rank(self) -> tuple:
+        "Sort key: rooms from the bottom up; in a room, notebooks in reading order, then plain modules."
+        return ROOMS.index(self.name.partition(".")[0]), not self.page, self.page, self.name
+
+
+def list_modules(exported: list[Module]) -> list[Module]:
+    "Return the exported modules and all plain ones, sorted."
+    names = (".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("[a-z]*.py"))
+    return sorted([*exported, *(Module(name) for name in set(names) - {m.name for m in exported})], key=lambda m: m.rank)
 
 
 def read_comments(source: str) -> dict[int, str]:
@@ -46,9 +65,10 @@ def read_comments(source: str) -> dict[int, str]:
 
 
 def public_names(tree: ast.Module) -> list[str]:
-    "Read `__all__`."
+    "Read `__all__`, which nbdev writes; in a plain module, return every name without a leading underscore."
     targets = [(node, target) for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
-    return next(ast.literal_eval(node.value) for node, target in targets if ast.unparse(target) == "__all__")
+    exported = (ast.literal_eval(node.value) for node, target in targets if ast.unparse(target) == "__all__")
+    return next(exported, None) or [name for name in definitions(tree) if not name.startswith("_")]
 
 
 def definitions(tree: ast.Module) -> dict[str, ast.stmt]:
@@ -188,8 +208,7 @@ def constant_entry(name: str, node: ast.Assign | ast.AnnAssign, comments: dict[i
 
 
 def entry(name: str, node: ast.stmt, module: Module, comments: dict[int, str]) -> list[str]:
-    place = f"{{ref}}`{module.page} <{module.cells[name]}>`" if name in module.cells else f"[{module.page}](/{module.page}.ipynb)"
-    source_link = f"Defined in {place}."
+    source_link = f"Defined in {{ref}}`{module.page} <{module.cells[name]}>`." if name in module.cells else f"Defined in {origin(module)}."
     if isinstance(node, ast.ClassDef):
         return class_entry(node, comments, source_link)
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -197,12 +216,20 @@ def entry(name: str, node: ast.stmt, module: Module, comments: dict[int, str]) -
     return constant_entry(name, node, comments, source_link)
 
 
+def origin(module: Module) -> str:
+    "Link a module's notebook, or its source."
+    if module.page:
+        return f"[{module.title or module.page}](/{module.page}.ipynb)"
+    name = module.path.relative_to(PACKAGE.parent)
+    return f"[{name}]({BLOB}/{name})"
+
+
 def module_page(module: Module) -> str:
     "Write the page of a module, with its names in the notebook's order."
     tree, comments = ast.parse(module.source), read_comments(module.source)
     full = f"agrivision_repro.{module.name}"
     lines = [f"# {module.name}", "", f"> {text_of(ast.get_docstring(tree) or '')}", ""]
-    lines += [f"The notebook: [{module.title}](/{module.page}.ipynb).", "", f":::{{py:module}} {full}", ":::", ""]
+    lines += [f"{'The notebook' if module.page else 'Source'}: {origin(module)}.", "", f":::{{py:module}} {full}", ":::", ""]
     defined, names = definitions(tree), public_names(tree)
     for name in sorted(names, key=lambda n: defined[n].lineno):
         lines += entry(name, defined[name], module, comments)
@@ -210,8 +237,8 @@ def module_page(module: Module) -> str:
 
 
 def index_page(modules: list[Module]) -> str:
-    "Write the index page: modules in reading order, then all names from A to Z."
-    lines = ["# API", "", "Every public name of `agrivision_repro`: the modules in reading order, then all names from A to Z."]
+    "Write the index page: modules from the bottom up, then all names from A to Z."
+    lines = ["# API", "", "Every public name of `agrivision_repro`: the modules from the bottom up, then all names from A to Z."]
     lines += ["The {ref}`general index <genindex>` also lists the methods.", ""]
     lines += ["```{toctree}", ":hidden:", "", *(m.name for m in modules), "```", ""]
     trees = {m.name: ast.parse(m.source) for m in modules}

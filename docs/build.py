@@ -11,13 +11,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from api import Module, definitions, write_api
-from conf import SETTINGS
+from api import BLOB, Module, definitions, list_modules, write_api
 from sphinx.cmd.build import main as run_sphinx
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
-BLOB = f"{SETTINGS['DEFAULT']['git_url']}/blob/{SETTINGS['DEFAULT']['branch']}"
 # the sidebar: each caption, and the notebooks of nbs/ under it, sorted by name
 PARTS = {
     "The paper": ["0?_*"],
@@ -112,7 +110,7 @@ def stage_site(stage: Path) -> None:
     "Write all input files for Sphinx."
     parts = sort_notebooks()
     staged = [stage_notebook(path, stage, []) for paths in parts.values() for path in paths]
-    write_api([module for module in staged if module], stage / "api")
+    write_api(list_modules([module for module in staged if module]), stage / "api")
     trees = [toctree(caption, [str(p.relative_to(NBS).with_suffix("")) for p in paths]) for caption, paths in parts.items()]
     stage_notebook(NBS / "index.ipynb", stage, [*trees, toctree("API", ["api/index"])])
     for picture in NBS.rglob("*.png"):

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from agrivision_repro.runs import Workspace, plan_run
+from agrivision_repro.runs.run import plan_run
+from agrivision_repro.runs.workspace import Workspace
 
 
 def small_run():

@@ -14,14 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
-from agrivision_repro.backbones import NORMS
-from agrivision_repro.batches import Feed, SampleStream, training_loader
-from agrivision_repro.data import open_tiles
-from agrivision_repro.deeplab import DeepLabV3Plus
+from agrivision_repro.data.batches import Feed, SampleStream, training_loader
+from agrivision_repro.data.editions import open_tiles
+from agrivision_repro.data.synthetic import Farmland, write_farmland
 from agrivision_repro.losses import HybridLoss
-from agrivision_repro.runs import Workspace, plan_run
-from agrivision_repro.synthetic import Farmland, write_farmland
-from agrivision_repro.training import Engine, Recipe, Trainer, make_engine, save_tensors, score, score_tiles
+from agrivision_repro.models.backbones import NORMS
+from agrivision_repro.models.deeplab import DeepLabV3Plus
+from agrivision_repro.runs.run import plan_run
+from agrivision_repro.runs.workspace import Workspace
+from agrivision_repro.training.checkpoint import save_tensors
+from agrivision_repro.training.engine import Engine, make_engine
+from agrivision_repro.training.evaluate import score, score_tiles
+from agrivision_repro.training.loop import Trainer
+from agrivision_repro.training.schedule import Recipe
 
 RECIPE = Recipe(1, 2, 1, lr=0.05, batch_size=8, crop=32, width=1 / 16, is_pretrained=False)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from trees import FARM
 
-from agrivision_repro.batches import (
+from agrivision_repro.data.batches import (
     AUGMENTATIONS,
     IMAGENET,
     SampleStream,
@@ -19,10 +19,11 @@ from agrivision_repro.batches import (
     training_loader,
     zoom_and_shift,
 )
-from agrivision_repro.data import open_tiles
-from agrivision_repro.pack import count_tiles, pack_split
-from agrivision_repro.runs import Workspace, plan_run
-from agrivision_repro.synthetic import write_farmland
+from agrivision_repro.data.editions import open_tiles
+from agrivision_repro.data.pack import count_tiles, pack_split
+from agrivision_repro.data.synthetic import write_farmland
+from agrivision_repro.runs.run import plan_run
+from agrivision_repro.runs.workspace import Workspace
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ from PIL import Image
 from torch import nn
 from torchvision.models import resnet50
 
-from agrivision_repro.backbones import DEPTHS, NORMS, create_backbone
-from agrivision_repro.blocks import (
+from agrivision_repro.models.backbones import DEPTHS, NORMS, create_backbone
+from agrivision_repro.models.norms import sync_norms
+from agrivision_repro.study.blocks import (
     count_sites,
     draw_blocks,
     find_new,
@@ -24,7 +25,6 @@ from agrivision_repro.blocks import (
     replay_steps,
     trace_steps,
 )
-from agrivision_repro.norms import sync_norms
 
 TABLES = Path(__file__).resolve().parents[1] / "nbs" / "tables"
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # a stage

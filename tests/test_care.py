@@ -16,7 +16,7 @@ DIFFS = re.findall(r"^### (.+?)\n.*?^```diff\n(.+?)^```", (ROOT / "CONTRIBUTING.
 SHOWN = {  # heading → what holds when its diff is applied
     "A norm": """
 import timm, torch
-from agrivision_repro.backbones import create_backbone
+from agrivision_repro.models.backbones import create_backbone
 from torch import nn
 net = create_backbone(18, "ibn_g", in_chans=4, width=1 / 4)
 assert sum(isinstance(m, nn.GroupNorm) for m in net.modules()) == 6
@@ -32,13 +32,13 @@ assert HybridLoss().parts == ("bce", "dice", "lovasz")
 """,
     "An edition": """
 import pathlib
-from agrivision_repro.data import detect_edition, find_edition
+from agrivision_repro.data.editions import detect_edition, find_edition
 assert find_edition("orchards").classes == ("background", "canopy", "gap")
 pathlib.Path("data/train/labels/canopy").mkdir(parents=True)
 assert detect_edition("data") == "orchards"
 """,
     "A table": """
-from agrivision_repro.tables import TABLES
+from agrivision_repro.study.tables import TABLES
 runs = TABLES["table4_stride"]("smoke", seeds=(0, 1))
 assert [(r.seed, r.output_stride, r.norm) for r in runs] == [(s, o, "ibn_s") for s in (0, 1) for o in (16, 8)]
 """,

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from agrivision_repro.cli import main
-from agrivision_repro.synthetic import Farmland, write_farmland
+from agrivision_repro.cli.app import main
+from agrivision_repro.data.synthetic import Farmland, write_farmland
 
 BIN = Path(sys.executable).parent
 

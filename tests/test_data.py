@@ -24,22 +24,12 @@ from trees import (
     naip_chips,
 )
 
-from agrivision_repro.check import ALIKE, alike_pairs, check_data, thumbnail, unpack_archive
-from agrivision_repro.cli import main
-from agrivision_repro.data import (
-    AGRIVISION_2020,
-    AGRIVISION_2021,
-    CROPS,
-    WHITE,
-    BadFile,
-    detect_edition,
-    field_of,
-    open_splits,
-    open_tiles,
-    places_in_both,
-    unpack_labels,
-)
-from agrivision_repro.synthetic import write_farmland
+from agrivision_repro.cli.app import main
+from agrivision_repro.data.archives import unpack_archive
+from agrivision_repro.data.check import ALIKE, alike_pairs, check_data, thumbnail
+from agrivision_repro.data.editions import AGRIVISION_2020, AGRIVISION_2021, CROPS, WHITE, detect_edition, field_of, open_splits, open_tiles
+from agrivision_repro.data.synthetic import write_farmland
+from agrivision_repro.data.tiles import BadFile, places_in_both, unpack_labels
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # beside a developer's checkout only
 NAIP = SHARED / "naip-trees"  # 120 chips

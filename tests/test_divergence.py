@@ -13,13 +13,9 @@ from authors import GOLDEN
 from processes import in_two_processes
 from torch import nn
 
-from agrivision_repro import divergence as module
-from agrivision_repro.backbones import NORMS, create_backbone, last_activation
-from agrivision_repro.deeplab import DeepLabV3Plus
-from agrivision_repro.divergence import (
+from agrivision_repro.analysis import divergence as module
+from agrivision_repro.analysis.divergence import (
     TRUST,
-    LayerReader,
-    batch_mean,
     bootstrap,
     compare,
     divergence,
@@ -27,13 +23,12 @@ from agrivision_repro.divergence import (
     domain_error,
     draw_divergence,
     find_places,
-    find_relu_layers,
-    measure,
     null_and_p,
     permuted_divergence,
-    sample_moments,
-    symmetric_kl,
 )
+from agrivision_repro.analysis.moments import LayerReader, batch_mean, find_relu_layers, measure, sample_moments, symmetric_kl
+from agrivision_repro.models.backbones import NORMS, create_backbone, last_activation
+from agrivision_repro.models.deeplab import DeepLabV3Plus
 
 ARRAYS = np.load(GOLDEN / "divergence.npz")
 ESTIMATORS = ("sample", "pixel", batch_mean(4))

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 from trees import farm_2020
 
-from agrivision_repro.check import check_data
-from agrivision_repro.data import BadFile, open_tiles
+from agrivision_repro.data.check import check_data
+from agrivision_repro.data.editions import open_tiles
+from agrivision_repro.data.tiles import BadFile
 
 AGRIVISION = Path(sys.executable).parent / "agrivision"
 

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import tifffile
 
-from agrivision_repro import check, fetch
-from agrivision_repro.cli import main
-from agrivision_repro.fetch import SOURCES, Source, fetch_data, find_differences, read_entries, tree_id
+from agrivision_repro.cli.app import main
+from agrivision_repro.data import archives, fetch
+from agrivision_repro.data.fetch import SOURCES, Source, fetch_data, find_differences, read_entries, tree_id
 
 NAIP = Path(__file__).resolve().parents[2] / "shared" / "naip-trees"  # 120 chips, beside a developer's checkout only
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="the tests need git; fetching does not")
@@ -221,7 +221,7 @@ def test_a_copy_of_ones_own(kind, upstream, tmp_path):
         "file URL": lambda: upstream.write(copies / "copy.tar.gz").as_uri(),
         "URL of a zip": lambda: f"{upstream.url}/zip/{upstream.commit}",
         "clone": lambda: upstream.root,
-        "folder above": lambda: check.unpack_archive(upstream.write(copies / "copy.zip"), copies / "unpacked"),
+        "folder above": lambda: archives.unpack_archive(upstream.write(copies / "copy.zip"), copies / "unpacked"),
     }[kind]()
     fetch_trees(tmp_path / "trees", source)
     assert is_commit(tmp_path / "trees", upstream)
@@ -329,7 +329,7 @@ def test_connection_lost(send, says, upstream, refused):
 
 def test_no_room(upstream, refused, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(check.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+        patch.setattr(archives.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
         refused("", f"{upstream.commit}.tar.gz needs", "free space or choose another disk")
 
     def fails(*paths):

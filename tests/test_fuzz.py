@@ -16,15 +16,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from trees import FARM
 
-from agrivision_repro import pack
-from agrivision_repro.check import check_tile
-from agrivision_repro.cli import main
-from agrivision_repro.data import BadFile, Tile, open_tiles, read_image
-from agrivision_repro.pack import PackedTiles, pack_split
-from agrivision_repro.runs import find_run, list_runs, read_result
-from agrivision_repro.synthetic import write_farmland
+from agrivision_repro.cli.app import main
+from agrivision_repro.data import pack
+from agrivision_repro.data.check import check_tile
+from agrivision_repro.data.editions import open_tiles
+from agrivision_repro.data.pack import PackedTiles, pack_split
+from agrivision_repro.data.synthetic import write_farmland
+from agrivision_repro.data.tiles import BadFile, Tile, read_image
+from agrivision_repro.runs.store import find_run, list_runs, read_result
 
-PLAIN = (ValueError, OSError)  # what cli.main turns into one line
+PLAIN = (ValueError, OSError)  # what `cli.app.main` turns into one line
 
 
 def quickly(n_examples: int) -> settings:

@@ -9,12 +9,14 @@ import torch
 from processes import in_two_processes
 from torch import nn
 
-from agrivision_repro.backbones import DEPTHS, NORMS, branch_spreads, create_backbone
-from agrivision_repro.deeplab import DeepLabV3Plus
-from agrivision_repro.norms import InstanceBatchNorm2d, SwitchNorm2d, recalibrate
-from agrivision_repro.runs import Run, build_loss, build_model
-from agrivision_repro.scaling import make_up_batch
-from agrivision_repro.training import Recipe, Trainer, make_engine
+from agrivision_repro.models.backbones import DEPTHS, NORMS, branch_spreads, create_backbone
+from agrivision_repro.models.deeplab import DeepLabV3Plus
+from agrivision_repro.models.norms import InstanceBatchNorm2d, SwitchNorm2d, recalibrate
+from agrivision_repro.runs.plan import make_up_batch
+from agrivision_repro.runs.run import Run, build_loss, build_model
+from agrivision_repro.training.engine import make_engine
+from agrivision_repro.training.loop import Trainer
+from agrivision_repro.training.schedule import Recipe
 
 TINY = 1 / 16  # of the width
 

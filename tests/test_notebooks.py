@@ -40,7 +40,7 @@ def test_howto_takes_parameters_that_it_explains(path):
 
 @pytest.mark.parametrize("path", TABLE_NOTEBOOKS, ids=stem)
 def test_parameters_are_typed_explained_and_known(path):
-    from agrivision_repro.tables import TABLES, known_parameters
+    from agrivision_repro.study.tables import TABLES, known_parameters
 
     parameters = papermill.inspect_notebook(str(path))
     known = known_parameters(TABLES[path.stem])

@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 from trees import FARM, ag_net, farm_2020, farm_2021, farm_cvpr2020, naip_chips
 
-from agrivision_repro import pack
-from agrivision_repro.batches import make_batch, scoring_loader
-from agrivision_repro.data import UrbanTrees, fingerprint, open_splits, open_tiles, places_in_both, unpack_labels
-from agrivision_repro.pack import PackedTiles, open_split, pack_folder, pack_split
-from agrivision_repro.synthetic import Farmland, write_farmland
+from agrivision_repro.data import pack
+from agrivision_repro.data.batches import make_batch, scoring_loader
+from agrivision_repro.data.editions import UrbanTrees, fingerprint, open_splits, open_tiles
+from agrivision_repro.data.pack import PackedTiles, open_split, pack_folder, pack_split
+from agrivision_repro.data.synthetic import Farmland, write_farmland
+from agrivision_repro.data.tiles import places_in_both, unpack_labels
 
 NAIP = Path(__file__).resolve().parents[2] / "shared" / "naip-trees"  # beside a developer's checkout only
 BIN = Path(sys.executable).parent
@@ -180,9 +181,10 @@ def test_files_that_changed_after_the_kill(tmp_path):
 
 MEMORY = """
 import resource, sys
-from agrivision_repro.runs import Workspace, plan_run
-from agrivision_repro.training import Recipe
-from agrivision_repro.synthetic import Farmland
+from agrivision_repro.runs.run import plan_run
+from agrivision_repro.runs.workspace import Workspace
+from agrivision_repro.training.schedule import Recipe
+from agrivision_repro.data.synthetic import Farmland
 from dataclasses import replace
 farm = Farmland(size=256, train_fields=int(sys.argv[2]), val_fields=1, test_fields=1)
 n_tiles = 4 * farm.train_fields

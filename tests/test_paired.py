@@ -14,13 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import agrivision_repro.paired as paired
-from agrivision_repro.batches import make_batch, whole_tile
-from agrivision_repro.cli import main
-from agrivision_repro.data import UrbanTrees
+from agrivision_repro.analysis import significance as paired
+from agrivision_repro.analysis.significance import draw_differences, paired_bootstrap, resample_iou, stack_seeds, sum_groups
+from agrivision_repro.cli.app import main
+from agrivision_repro.data.batches import make_batch, whole_tile
+from agrivision_repro.data.editions import UrbanTrees
 from agrivision_repro.metrics import MultilabelIoU
-from agrivision_repro.paired import draw_differences, paired_bootstrap, resample_iou, stack_seeds, sum_groups
-from agrivision_repro.runs import Workspace, plan_run, score_again
+from agrivision_repro.runs.run import plan_run
+from agrivision_repro.runs.workspace import Workspace, score_again
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -5,10 +5,10 @@ import pytest
 import torch
 from authors import GOLDEN, backbone_input, backbone_state, backbone_tag, fill, loss_input, switch_norm_input
 
-from agrivision_repro.backbones import NORMS, create_backbone, last_activation, load_matching, widen_stem
 from agrivision_repro.losses import HybridLoss, bce_loss, dice_loss, lovasz_loss
 from agrivision_repro.metrics import ChallengeIoU, MultilabelIoU
-from agrivision_repro.norms import SwitchNorm2d
+from agrivision_repro.models.backbones import NORMS, create_backbone, last_activation, load_matching, widen_stem
+from agrivision_repro.models.norms import SwitchNorm2d
 
 SWITCH_NORM = np.load(GOLDEN / "switchnorm.npz")
 BACKBONES = np.load(GOLDEN / "backbones.npz")

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 from trees import farm_2020
 
-from agrivision_repro.data import field_of
-from agrivision_repro.runs import Workspace, plan_run
+from agrivision_repro.data.editions import field_of
+from agrivision_repro.runs.run import plan_run
+from agrivision_repro.runs.workspace import Workspace
 
 
 @pytest.fixture

@@ -18,30 +18,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from agrivision_repro import predict
-from agrivision_repro.batches import INVERSE, select_channels, turn
-from agrivision_repro.cli import main
-from agrivision_repro.data import read_image, unpack_labels
-from agrivision_repro.predict import (
-    CHALLENGE_CLASSES,
-    Raster,
-    Scene,
-    blend_weights,
-    check_submission,
-    find_rasterio,
-    find_scenes,
-    load_predictor,
-    open_scene,
-    predict_image,
-    predict_scene,
-    predict_strips,
-    tile_sizes,
-    turn_image,
-    write_png,
-    write_submission,
-)
-from agrivision_repro.runs import Workspace, plan_run
-from agrivision_repro.training import score
+from agrivision_repro.cli.app import main
+from agrivision_repro.data.batches import INVERSE, select_channels, turn
+from agrivision_repro.data.tiles import read_image, unpack_labels
+from agrivision_repro.plots import paint_classes
+from agrivision_repro.predict import images, scenes, submission
+from agrivision_repro.predict.images import predict_scene, write_png
+from agrivision_repro.predict.scenes import Raster, Scene, find_rasterio, find_scenes, open_scene
+from agrivision_repro.predict.submission import CHALLENGE_CLASSES, check_submission, tile_sizes, write_submission
+from agrivision_repro.predict.windows import blend_weights, load_predictor, predict_image, predict_strips, turn_image
+from agrivision_repro.runs.run import plan_run
+from agrivision_repro.runs.workspace import Workspace
+from agrivision_repro.training.evaluate import score
 
 needs_rasterio = pytest.mark.skipif(find_rasterio() is None, reason="rasterio, of the extra geo, is not installed")
 
@@ -172,7 +160,7 @@ def test_a_mapped_tiff_stays_on_the_disk(tmp_path):
     image = noise(3_000, 400, 4)
     tifffile.imwrite(tmp_path / "large.tif", image, photometric="rgb")
     tracemalloc.start()
-    with predict.open_tiff(tmp_path / "large.tif") as raster:
+    with scenes.open_tiff(tmp_path / "large.tif") as raster:
         rows = raster.rows(2_000, 2_010)
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -235,15 +223,15 @@ def test_maps(size, predictor, tmp_path):
 
 
 def test_a_large_image_has_a_small_picture(predictor, tmp_path, monkeypatch):
-    monkeypatch.setattr(predict, "PICTURED", 20)
+    monkeypatch.setattr(images, "PICTURED", 20)
     path = write_tiff(tmp_path / "field.tif", image := noise(4, 75, 50))
     shown = {}
-    monkeypatch.setattr(predict, "show_panels", lambda panels, *_, **__: shown.update(panels) or plain_figure())
+    monkeypatch.setattr(images, "show_panels", lambda panels, *_, **__: shown.update(panels) or plain_figure())
     predict_scene(Scene("field", path), predictor, tmp_path, CHALLENGE_CLASSES, 32)
     np.testing.assert_array_equal(shown["NIR"], image[3, ::4, ::4])
     np.testing.assert_array_equal(shown["RGB"], image[:3, ::4, ::4].transpose(1, 2, 0))
     labels = read_image(tmp_path / "labels/field.png", "L")
-    np.testing.assert_array_equal(shown["prediction"], predict.paint_classes(labels[::4, ::4]))
+    np.testing.assert_array_equal(shown["prediction"], paint_classes(labels[::4, ::4]))
 
 
 def plain_figure():
@@ -256,7 +244,7 @@ def plain_figure():
 def test_tiffs_of_every_make(options, tmp_path):
     image = noise(4, 45, 37)
     path = write_tiff(tmp_path / "a.tif", image, **options)
-    for opened in (predict.open_tiff(path), open_scene(Scene("a", path))):
+    for opened in (scenes.open_tiff(path), open_scene(Scene("a", path))):
         with opened as raster:
             assert raster.size == (45, 37) and not raster.place
             np.testing.assert_array_equal(raster.rows(11, 30), image[:, 11:30])
@@ -265,7 +253,7 @@ def test_tiffs_of_every_make(options, tmp_path):
 def test_bands_one_after_the_other(tmp_path):
     image = noise(4, 45, 37)
     tifffile.imwrite(tmp_path / "a.tif", image, photometric="rgb", planarconfig="separate")
-    with predict.open_tiff(tmp_path / "a.tif") as raster:
+    with scenes.open_tiff(tmp_path / "a.tif") as raster:
         np.testing.assert_array_equal(raster.rows(3, 9), image[:, 3:9])
 
 
@@ -315,7 +303,7 @@ def test_geotiff_keeps_its_place(options, predictor, tmp_path):
     predict_scene(Scene("field", path), predictor, tmp_path / "maps", CHALLENGE_CLASSES, 32)
     with rasterio.open(tmp_path / "maps/georeferenced/field.tif") as made:
         assert made.crs.to_epsg() == 32633 and tuple(made.transform)[:6] == PLACE
-        assert made.colormap(1)[1][:3] == tuple(predict.paint_classes(np.array([[1]]))[0, 0])
+        assert made.colormap(1)[1][:3] == tuple(paint_classes(np.array([[1]]))[0, 0])
         np.testing.assert_array_equal(made.read(1), predict_image(predictor, image, 32).argmax(0))
     np.testing.assert_array_equal(read_image(tmp_path / "maps/labels/field.png", "L"), predict_image(predictor, image, 32).argmax(0))
 
@@ -339,7 +327,7 @@ def test_cut_geotiff(predictor, tmp_path):
 
 
 def test_without_rasterio_the_place_is_dropped_with_a_word(predictor, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(predict, "find_rasterio", lambda: None)
+    monkeypatch.setattr(scenes, "find_rasterio", lambda: None)
     tags = [(33550, "d", 3, (2.0, 2.0, 0.0), True), (33922, "d", 6, (0, 0, 0, 5e5, 4.6e6, 0), True), (34735, "H", 4, (1, 1, 0, 0), True)]
     path = write_tiff(tmp_path / "field.tif", noise(4, 40, 40), extratags=tags)
     predict_scene(Scene("field", path), predictor, tmp_path / "maps", CHALLENGE_CLASSES, 32)
@@ -417,7 +405,7 @@ def test_no_such_training(monkeypatch, capsys, tmp_path):
 def test_other_classes_make_no_submission(tmp_path, result):
     from dataclasses import replace
 
-    from agrivision_repro.cli import plan_submission
+    from agrivision_repro.cli.predict import plan_submission
 
     with pytest.raises(ValueError, match="the run's classes are background, tree: a submission needs background, cloud_shadow"):
         plan_submission(replace(result.run, data="naip-trees"), "", set())
@@ -581,7 +569,7 @@ def test_names_without_sizes_are_the_challenges_tiles(tmp_path):
 def test_a_bomb_is_not_decoded(tmp_path):
     "A header that claims 60,000 × 60,000 pixels is refused by what it says."
     header = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + bytes([8, 0, 0, 0, 0])
-    png = predict.SIGNATURE + (13).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big")
+    png = submission.SIGNATURE + (13).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big")
     (fault,) = check_submission(lay_out(tmp_path / "bomb.zip", {"a.png": png}))
     assert fault.kind == "wrong size" and "60000×60000" in fault.message
 

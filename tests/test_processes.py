@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from agrivision_repro.backbones import NORMS
-from agrivision_repro.runs import Workspace, list_runs, read_result, score_again
-from agrivision_repro.training import read_tensors
+from agrivision_repro.models.backbones import NORMS
+from agrivision_repro.runs.store import list_runs, read_result
+from agrivision_repro.runs.workspace import Workspace, score_again
+from agrivision_repro.training.checkpoint import read_tensors
 
 HERE = Path(__file__).resolve().parent
 BIN = Path(sys.executable).parent

@@ -46,7 +46,7 @@ def test_commands_exist(line):
     from typer.main import get_command
     from typer.testing import CliRunner
 
-    from agrivision_repro.cli import app
+    from agrivision_repro.cli.app import app
 
     words = line.partition("#")[0].split()[1:]
     group, depth = get_command(app), 0

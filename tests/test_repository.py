@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+MODULES = sorted(".".join(p.relative_to(ROOT).with_suffix("").parts) for p in (ROOT / "agrivision_repro").rglob("[!_]*.py"))
 sys.path.insert(0, str(ROOT / "tools"))
 EXTRAS = "notebooks,cluster,geo,dev"
 
@@ -74,11 +75,11 @@ def test_every_requirement_is_constrained(settings):
 def test_imports_are_few():
     "Importing the package loads nothing that makes or runs notebooks; `agrivision --help` not even torch."
     heavy = ("nbdev", "fastcore", "execnb", "jupyterlab", "papermill", "nbconvert", "nbformat", "IPython", "ray", "rasterio")
-    modules = [p.stem for p in (ROOT / "agrivision_repro").glob("*.py") if not p.stem.startswith("_") and p.stem != "pages"]
-    script = f"import sys, {', '.join(f'agrivision_repro.{m}' for m in modules)}; print([m for m in {heavy} if m in sys.modules])"
+    modules = [m for m in MODULES if m != "agrivision_repro.report.pages"]
+    script = f"import sys, {', '.join(modules)}; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    script = "import sys; from agrivision_repro import cli; sys.argv = ['agrivision', '--help']\n"
-    script += "try: cli.main()\nexcept SystemExit: print([m for m in ('torch', 'pandas', 'matplotlib') if m in sys.modules])"
+    script = "import sys; from agrivision_repro.cli import app; sys.argv = ['agrivision', '--help']\n"
+    script += "try: app.main()\nexcept SystemExit: print([m for m in ('torch', 'pandas', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.splitlines()[-1] == "[]"
 
 
@@ -97,7 +98,7 @@ def find_spec(name, package=None):
     try: return plain(name, package)
     except ModuleNotFoundError: return None
 importlib.util.find_spec = find_spec
-from agrivision_repro.cli import main
+from agrivision_repro.cli.app import main
 main()
 """
 
@@ -170,7 +171,7 @@ def test_types_hold():
 
 
 def test_tables_and_notebooks_are_the_same():
-    from agrivision_repro.tables import TABLES, table_notebook
+    from agrivision_repro.study.tables import TABLES, table_notebook
 
     assert sorted(TABLES) == sorted(p.stem for p in (ROOT / "nbs" / "tables").glob("*.ipynb"))
     assert table_notebook("table1_modality") == ROOT / "nbs" / "tables" / "table1_modality.ipynb"
@@ -205,9 +206,9 @@ def test_the_gpu_check_runs(tmp_path):
     assert report["training"]["float32"]["tiles/s"] > 0 and report["machine"]["precision"]
 
 
-@pytest.mark.parametrize("module", sorted(path.stem for path in (ROOT / "agrivision_repro").glob("[!_]*.py")))
+@pytest.mark.parametrize("module", MODULES)
 def test_star_import(module):
     "`__all__` lists nothing that the module lacks (timm adds the names of registered models to it)."
     namespace: dict = {}
-    exec(f"from agrivision_repro.{module} import *", namespace)  # noqa: S102
+    exec(f"from {module} import *", namespace)  # noqa: S102
     assert len(namespace) > 1

@@ -17,12 +17,14 @@ import pandas as pd
 import psutil
 import pytest
 
-from agrivision_repro.claims import JUDGES, UNTESTED
-from agrivision_repro.machine import train_here
-from agrivision_repro.paper import CLAIMS, TABLE2, TABLE3
-from agrivision_repro.runs import Workspace, plan_run, saved_iteration
-from agrivision_repro.tables import TABLES, all_runs, table1
-from agrivision_repro.training import METRICS
+from agrivision_repro.runs.local import train_here
+from agrivision_repro.runs.run import plan_run
+from agrivision_repro.runs.store import saved_iteration
+from agrivision_repro.runs.workspace import Workspace
+from agrivision_repro.study.claims import JUDGES, UNTESTED
+from agrivision_repro.study.paper import CLAIMS, TABLE2, TABLE3
+from agrivision_repro.study.tables import TABLES, all_runs, table1
+from agrivision_repro.training.evaluate import METRICS
 
 BIN = Path(sys.executable).parent
 SMOKE = ["reproduce", "--scale", "smoke", "--device", "cpu", "--out"]
@@ -246,13 +248,13 @@ def test_a_run_that_fails_stops_no_other(tmp_path):
 
 
 def test_a_killed_training_is_named(tmp_path, monkeypatch):
-    from agrivision_repro import machine
+    from agrivision_repro.runs import local
 
     def die(*_):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(machine, "train_alone", die)
-    monkeypatch.setattr(machine, "get_context", lambda _: __import__("multiprocessing").get_context("fork"))
+    monkeypatch.setattr(local, "train_alone", die)
+    monkeypatch.setattr(local, "get_context", lambda _: __import__("multiprocessing").get_context("fork"))
     outcome = train_here(table1("smoke"), Workspace(tmp_path, device="cpu"))
     assert not outcome.results and all("signal 9; too little memory?" in why for why in outcome.failures.values())
 

@@ -15,23 +15,18 @@ import psutil
 import pytest
 import torch
 
-from agrivision_repro import scaling
-from agrivision_repro.cli import main
-from agrivision_repro.runs import Workspace, plan_run, read_json, saved_iteration
-from agrivision_repro.scaling import (
-    Interrupted,
-    Pace,
-    estimate,
-    gmacs_of,
-    kind_of,
-    makespan,
-    name_runs,
-    time_steps,
-    train_on_ray,
-    train_one,
-)
-from agrivision_repro.tables import table1
-from agrivision_repro.training import Trainer, make_engine, read_tensors
+from agrivision_repro.cli.app import main
+from agrivision_repro.core import read_json
+from agrivision_repro.runs import plan
+from agrivision_repro.runs.cluster import Interrupted, train_on_ray, train_one
+from agrivision_repro.runs.plan import Pace, estimate, gmacs_of, kind_of, makespan, name_runs, time_steps
+from agrivision_repro.runs.run import plan_run
+from agrivision_repro.runs.store import saved_iteration
+from agrivision_repro.runs.workspace import Workspace
+from agrivision_repro.study.tables import table1
+from agrivision_repro.training.checkpoint import read_tensors
+from agrivision_repro.training.engine import make_engine
+from agrivision_repro.training.loop import Trainer
 
 PAPER = plan_run("paper", "agrivision-2020", channels="rgb", lovasz=1.0)
 
@@ -40,7 +35,7 @@ PAPER = plan_run("paper", "agrivision-2020", channels="rgb", lovasz=1.0)
 def paces(monkeypatch):
     "Time nothing: a tile takes a second to train on, half of one to score."
     timed = []
-    monkeypatch.setattr(scaling, "time_steps", lambda kind, *_: timed.append(kind) or Pace(1.0, 0.5, 1, True))
+    monkeypatch.setattr(plan, "time_steps", lambda kind, *_: timed.append(kind) or Pace(1.0, 0.5, 1, True))
     return timed
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from agrivision_repro.significance import (
+from agrivision_repro.analysis.significance import (
     AGREES,
     DISAGREES,
     NOT_JUDGED,

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from agrivision_repro.data import AGRIVISION_2020
-from agrivision_repro.synthetic import RECIPES, SPLITS, Farmland, field_name, make_field
+from agrivision_repro.data.editions import AGRIVISION_2020
+from agrivision_repro.data.synthetic import RECIPES, SPLITS, Farmland, field_name, make_field
 
 SIZE = 128
 PUBLISHED_MEAN = np.array([0.4076, 0.4117, 0.4240, 0.3558])  # R, G, B, NIR, valid pixels of Agriculture-Vision 2020

@@ -17,9 +17,14 @@ import torch
 from accelerate import notebook_launcher
 from accelerate.tracking import GeneralTracker
 
-from agrivision_repro.cli import main
-from agrivision_repro.runs import Workspace, list_runs, plan_run
-from agrivision_repro.training import RECIPES, Stopped, compile_model, learning_rate, read_tensors
+from agrivision_repro.cli.app import main
+from agrivision_repro.core import Stopped
+from agrivision_repro.runs.run import plan_run
+from agrivision_repro.runs.store import list_runs
+from agrivision_repro.runs.workspace import Workspace
+from agrivision_repro.training.checkpoint import read_tensors
+from agrivision_repro.training.engine import compile_model
+from agrivision_repro.training.schedule import RECIPES, learning_rate
 
 HERE = Path(__file__).resolve().parent
 BIN = Path(sys.executable).parent

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
-MODULES = sorted(path for path in (ROOT / "agrivision_repro").glob("*.py") if path.name != "_modidx.py")
+MODULES = sorted(path for path in (ROOT / "agrivision_repro").rglob("*.py") if path.name != "_modidx.py")
 
 
 def test_every_dependency_has_a_licence():
@@ -55,12 +55,12 @@ def test_nothing_that_is_read_can_run(path):
 
 def test_every_url_that_is_fetched_is_told():
     "The hosts of the code's URLs that data or weights come from stand in LICENCES.md or SECURITY.md."
-    from agrivision_repro.backbones import IMAGENET_URLS
-    from agrivision_repro.fetch import SOURCES
+    from agrivision_repro.data.fetch import SOURCES
+    from agrivision_repro.models.backbones import IMAGENET_URLS
 
     told = (ROOT / "LICENCES.md").read_text() + (ROOT / "SECURITY.md").read_text()
     for url in IMAGENET_URLS.values():
         assert url.split("/")[2] in told and re.search(r"-[0-9a-f]{8}\.pth$", url)
     assert all(source.repository.startswith("https://github.com/") for source in SOURCES.values()) and "GitHub" in told
     for name in re.findall(r"`backbones\.(\w+)`", told):
-        assert name in (ROOT / "agrivision_repro/backbones.py").read_text()
+        assert name in (ROOT / "agrivision_repro/models/backbones.py").read_text()

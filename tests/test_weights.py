@@ -8,8 +8,8 @@ import timm
 import torch
 from authors import backbone_state, fill
 
-from agrivision_repro import backbones
-from agrivision_repro.backbones import IMAGENET_URLS, NORMS, create_backbone, fetch_checkpoint, load_imagenet, make_resnet
+from agrivision_repro.models import backbones
+from agrivision_repro.models.backbones import IMAGENET_URLS, NORMS, create_backbone, fetch_checkpoint, load_imagenet, make_resnet
 
 
 def publish(folder, name: str, payload: object) -> str:

@@ -8,8 +8,8 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from agrivision_repro.data import CDL_CODES, AgNet, field_of
-from agrivision_repro.synthetic import Farmland, write_farmland
+from agrivision_repro.data.editions import CDL_CODES, AgNet, field_of
+from agrivision_repro.data.synthetic import Farmland, write_farmland
 
 FARM = Farmland(size=64, train_fields=3, val_fields=2, test_fields=1)
 CLASSES_2021 = {  # each class of 2021 → the synthetic class that plays it

@@ -17,10 +17,14 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from agrivision_repro.batches import Feed, thin_out
-from agrivision_repro.data import find_edition
-from agrivision_repro.runs import Run, Workspace, build_loss, build_model, plan_run
-from agrivision_repro.training import Recipe, Trainer, fit, make_engine, recalibrate_norms, score_tiles
+from agrivision_repro.data.batches import Feed, thin_out
+from agrivision_repro.data.editions import find_edition
+from agrivision_repro.runs.run import Run, build_loss, build_model, plan_run
+from agrivision_repro.runs.workspace import Workspace
+from agrivision_repro.training.engine import make_engine
+from agrivision_repro.training.evaluate import score_tiles
+from agrivision_repro.training.loop import Trainer, fit, recalibrate_norms
+from agrivision_repro.training.schedule import Recipe
 
 HELD_OUT = 4  # one in so many places of the training tiles is held out for scoring
 

@@ -1,0 +1,230 @@
+"""`agrivision reproduce` and `agrivision plan`."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import json
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from agrivision_repro.cli.options import DataRoot, Device, Out, Precision, RunData, ScaleName, read_parameters
+
+
+def _need_notebooks() -> None:
+    "Raise ValueError if a package needed to run notebooks is not installed."
+    missing = [name for name in ("papermill", "ipykernel", "nbconvert", "latex2mathml") if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"notebooks need {', '.join(missing)}: pip install 'agrivision_repro[notebooks]'")
+
+
+def _notebook_parameters(
+    name: str,  # of a table
+) -> dict:  # name → default
+    "List the parameters of a table notebook."
+    from papermill import inspect_notebook
+
+    from agrivision_repro.study.tables import table_notebook
+
+    return {k: ast.literal_eval(p["default"]) for k, p in inspect_notebook(str(table_notebook(name))).items()}
+
+
+def _made_of(
+    name: str,  # of a table
+    parameters: dict,
+    results: list,  # that it uses
+) -> str:  # hexadecimal digits
+    "Hash a notebook's inputs: its file, its parameters, its runs' results and this package."
+    import agrivision_repro
+    from agrivision_repro.study.tables import table_notebook
+
+    files = [table_notebook(name), *sorted(Path(agrivision_repro.__file__).parent.glob("*.py"))]
+    files += [r.folder / kept for r in results for kept in ("scores.json", "run.json")]
+    told = {k: v for k, v in parameters.items() if k not in ("out", "data_root")}  # paths do not matter
+    content = [json.dumps(told, sort_keys=True).encode(), *(path.read_bytes() for path in files)]
+    return hashlib.blake2b(b"".join(content), digest_size=16).hexdigest()
+
+
+def _is_current(name: str, origin: str, out: Path) -> bool:
+    "Return True if the executed notebook has the same inputs and all its output files exist."
+    try:
+        known = json.loads((out / f"{name}.ipynb").read_text())["metadata"]["agrivision_repro"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return known["made_of"] == origin and all((out / file).is_file() for file in known["files"])
+
+
+def _run_notebook(
+    name: str,  # of a table
+    parameters: dict,
+    origin: str,  # of `_made_of`
+    out: Path,
+) -> str:  # error message; "": none
+    "Execute a table notebook into `out`; a failed one is saved up to its error."
+    from papermill import PapermillExecutionError, execute_notebook
+
+    from agrivision_repro.study.tables import table_notebook
+
+    fresh, error = out / f"{name}.new.ipynb", ""
+    try:
+        done = execute_notebook(str(table_notebook(name)), str(fresh), parameters, kernel_name="python3", progress_bar=False, cwd=str(out))
+        files = [p.name for p in [*out.glob(f"{name}.*"), *out.glob(f"{name}-*")] if p.suffix not in (".ipynb", ".html")]
+        done.metadata["agrivision_repro"] = {"made_of": origin, "files": sorted(files)}
+        fresh.write_text(json.dumps(done, indent=1) + "\n")
+    except PapermillExecutionError as failure:
+        error = " ".join(f"{failure.ename}: {failure.evalue}".split())
+    os.replace(fresh, out / f"{name}.ipynb")
+    return error
+
+
+def _run_quietly(name: str, parameters: dict, origin: str, out: Path) -> str:
+    "Execute a notebook in a worker process with stderr discarded: it holds only the kernel's warnings."
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    return _run_notebook(name, parameters, origin, out)
+
+
+def _run_notebooks(
+    parameters: dict[str, dict],  # of each notebook
+    results: dict[str, list],  # that each uses
+    out: Path,
+) -> dict[str, str]:  # failed notebook → error message
+    "Execute table notebooks whose inputs changed, two at a time; the claims, which use the others' measurements, come last."
+    from tqdm import tqdm
+
+    from agrivision_repro.core import worker_pool
+
+    out.mkdir(parents=True, exist_ok=True)
+    origins = {name: _made_of(name, parameters[name], results[name]) for name in parameters}
+    todo = [name for name in parameters if not _is_current(name, origins[name], out)]
+    errors = {}
+    with tqdm(total=len(todo), desc="notebooks", leave=False) as bar:
+        for names in ([n for n in todo if n != "claims"], [n for n in todo if n == "claims"]):
+            with worker_pool(2) as pool:
+                jobs = [(name, parameters[name], origins[name], out) for name in names]
+                for name, error in zip(names, pool.map(_run_quietly, *zip(*jobs, strict=True)) if jobs else (), strict=True):
+                    errors[name] = error
+                    bar.update()
+    return {name: error for name, error in errors.items() if error}
+
+
+def _choose_tables(names: list[str]) -> list[str]:
+    "Check the names of tables; an empty list means all, in reading order."
+    from agrivision_repro.study.tables import TABLES
+
+    unknown = [n for n in names if n not in TABLES]
+    if unknown:
+        raise ValueError(f"no table {', '.join(unknown)}: wanted {', '.join(TABLES)}")
+    return list(dict.fromkeys(names)) or list(TABLES)
+
+
+def reproduce(
+    tables: Annotated[list[str] | None, typer.Argument(help="Tables to make, in this order. Default: all.")] = None,
+    scale: ScaleName = "laptop",
+    data: RunData = "synthetic",
+    data_root: DataRoot = "",
+    out: Out = "out",
+    seeds: Annotated[str, typer.Option(help="Comma-separated seeds: one run of each configuration per seed.")] = "0",
+    device: Device = "auto",
+    precision: Precision = "auto",
+    parameter: Annotated[list[str] | None, typer.Option("-p", help="NAME=VALUE: another parameter of the notebooks.")] = None,
+    ray: Annotated[str, typer.Option(help="Train with Ray: auto (the running cluster), local (start one here), or HOST:PORT.")] = "",
+):
+    "Train what the tables need, run their notebooks and write the report."
+    _need_notebooks()
+    from agrivision_repro.report.pages import write_report
+    from agrivision_repro.runs.workspace import Workspace
+
+    names = _choose_tables(tables or [])
+    workspace = Workspace(out, data_root, device, precision)
+    common = {"scale": scale, "data": data, "seeds": _read_seeds(seeds), **workspace.places()}
+    runs, parameters = _plan_tables(names, common, parameter or [])
+    if scale == "paper" and not ray:
+        _refuse_hopeless(runs, workspace)
+    failures = _train_all(runs, workspace, ray)
+    results = {name: [] if name in failures else workspace.results(runs[name]) for name in names}
+    failures |= _run_notebooks({name: own for name, own in parameters.items() if name not in failures}, results, workspace.out)
+    print(f"report: {write_report(results, workspace, failures)}")
+    for name, error in failures.items():
+        print(f"agrivision: {name} failed: {error}", file=sys.stderr)
+    raise typer.Exit(1 if failures else 0)
+
+
+def _read_seeds(text: str) -> list[int]:
+    "Parse `0,1,2`."
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"seeds are {text!r}: wanted whole numbers separated by commas, like 0,1,2") from error
+
+
+def _plan_tables(
+    names: list[str],
+    common: dict,  # scale, data, seeds
+    pairs: list[str],  # more parameters, `NAME=VALUE`
+) -> tuple[dict[str, list], dict[str, dict]]:  # by table: its Runs, and the notebook parameters that select the same Runs
+    "List the Runs of tables."
+    from agrivision_repro.study.tables import TABLES
+
+    known = {name: _notebook_parameters(name) for name in names}
+    given = common | read_parameters(pairs, {k: v for own in known.values() for k, v in own.items()})
+    parameters = {name: {k: v for k, v in given.items() if k in own} for name, own in known.items()}
+    takes = {name: inspect.signature(TABLES[name]).parameters for name in names}
+    return {n: TABLES[n](**{k: v for k, v in own.items() if k in takes[n]}) for n, own in parameters.items()}, parameters
+
+
+def _train_all(
+    runs: dict[str, list],  # table → its Runs
+    workspace,
+    ray: str,  # address; "": on this machine
+) -> dict[str, str]:  # table that cannot be made → error message
+    "Train the Runs that the tables need."
+    from agrivision_repro.runs.cluster import train_on_ray
+    from agrivision_repro.runs.local import train_here
+    from agrivision_repro.runs.plan import name_runs
+
+    unique = list(dict.fromkeys(run for own in runs.values() for run in own))
+    failed = (train_on_ray(unique, workspace, ray) if ray else train_here(unique, workspace)).failures
+    for run, name in zip(unique, name_runs(unique), strict=True):
+        if run in failed:
+            print(f"agrivision: {name} failed: {failed[run]}", file=sys.stderr)
+    return {name: f"its run {run.title} failed: {failed[run]}" for name, own in runs.items() for run in own if run in failed}
+
+
+def _refuse_hopeless(runs: dict[str, list], workspace) -> None:
+    "Check that the data and a GPU are available; if not, print the plan and raise ValueError naming what is missing."
+    from agrivision_repro.runs.plan import estimate, measure_data
+
+    real = [run for own in runs.values() for run in own if run.farm is None]
+    missing = [measure_data(real[0], workspace)[1].split(";")[0]] if real else []
+    if workspace.device == "auto" and not workspace.on_gpu:
+        missing.append("no GPU was found (--device cpu trains without one)")
+    if any(missing):
+        print(estimate(runs, workspace).as_text())
+        raise ValueError(f"nothing was started: {'; '.join(filter(None, missing))}")
+
+
+def plan(
+    tables: Annotated[list[str] | None, typer.Argument(help="Tables to plan. Default: all.")] = None,
+    scale: ScaleName = "laptop",
+    data: RunData = "synthetic",
+    data_root: DataRoot = "",
+    out: Out = "out",
+    seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "0",
+    device: Device = "auto",
+    precision: Precision = "auto",
+    parameter: Annotated[list[str] | None, typer.Option("-p", help="NAME=VALUE: another parameter of the notebooks.")] = None,
+    devices: Annotated[int, typer.Option("--devices", min=1, help="Largest number of devices to plan for.")] = 8,
+):
+    "List the runs that the tables need, which are finished, and how long the rest take; train nothing."
+    from agrivision_repro.runs.plan import estimate
+    from agrivision_repro.runs.workspace import Workspace
+
+    runs, _ = _plan_tables(_choose_tables(tables or []), {"scale": scale, "data": data, "seeds": _read_seeds(seeds)}, parameter or [])
+    print(estimate(runs, Workspace(out, data_root, device, precision)).as_text(devices))

@@ -1,0 +1,119 @@
+"""`agrivision runs`: list, show, compare and score finished runs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from agrivision_repro.cli.options import DataRoot, Device, Out, Precision, RunData, ScaleName, check_type, read_value
+
+
+def _change_fields(
+    chosen,  # a Run, or its recipe
+    pairs: dict[str, str],  # field → text; `recipe.lr` for one of the recipe
+):  # a copy with the new values
+    "Set fields of a Run by name; raise ValueError for unknown ones."
+    known = {f.name: getattr(chosen, f.name) for f in fields(chosen) if f.name not in ("data", "farm")}
+    inner = {name.removeprefix("recipe."): text for name, text in pairs.items() if name.startswith("recipe.")}
+    values = {"recipe": _change_fields(chosen.recipe, inner)} if inner else {}
+    for name, text in pairs.items():
+        if name.startswith("recipe."):
+            continue
+        if name not in known or name == "recipe":
+            names = [n for n in known if n != "recipe"] + ["recipe.NAME"] * ("recipe" in known)
+            raise ValueError(f"no field {name!r}: wanted {', '.join(names)}, as NAME=VALUE")
+        values[name] = check_type(read_value(text), known[name], f"{name}={text}")
+    return replace(chosen, **values)
+
+
+def train(
+    scale: ScaleName = "laptop",
+    data: RunData = "synthetic",
+    data_root: DataRoot = "",
+    out: Out = "out",
+    recipe: Annotated[str, typer.Option(help="At paper scale: paper, epochs, shipped, shipped-30000.")] = "",
+    field: Annotated[list[str] | None, typer.Option("-p", help="NAME=VALUE: a field of the Run, or recipe.NAME=VALUE.")] = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    track: Annotated[list[str] | None, typer.Option(help="Accelerate's trackers, such as tensorboard or wandb. Default: none.")] = None,
+    save_every: Annotated[int, typer.Option(min=1, help="Iterations between saved states, from which a killed run resumes.")] = 250,
+):
+    "Train one Run and score it; under torchrun or accelerate launch, the processes share the work."
+    from agrivision_repro.runs.run import plan_run
+    from agrivision_repro.runs.workspace import Workspace
+
+    pairs = [pair.partition("=") for pair in field or []]
+    run = _change_fields(plan_run(scale, data, recipe), {name: text for name, _, text in pairs})
+    workspace = Workspace(out, data_root, device, precision)
+    workspace.trackers, workspace.save_every = track or (), save_every
+    try:
+        result = workspace.result(run)
+    finally:
+        _leave_processes()
+    if os.environ.get("RANK", "0") == "0":
+        means = {c: ", ".join(f"{m} {100 * s['mean']:.1f} %" for m, s in by.items()) for c, by in result.scores.items()}
+        print(f"{result.folder}: {run.title}", *(f"  tested on {c}, mean over classes: {shown}" for c, shown in means.items()), sep="\n")
+
+
+def _leave_processes() -> None:
+    "Destroy the process group, if there is one."
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+runs_app = typer.Typer(help="List runs; show one, compare several, rescore one.", invoke_without_command=True)
+
+
+_RunId = Annotated[str, typer.Argument(help="The first digits of the run's id.")]
+
+
+@runs_app.callback()
+def runs(context: typer.Context, out: Out = "out"):
+    "List all runs: state, age, mIoU, device, commit."
+    from agrivision_repro.runs.store import list_runs
+
+    context.obj = Path(out)
+    if context.invoked_subcommand is None:
+        table = list_runs(context.obj)
+        print(table.to_string(index=False) if len(table) else f"no runs in {out}: make some with agrivision train or agrivision reproduce")
+
+
+@runs_app.command("show")
+def show_one(context: typer.Context, run: _RunId):
+    "Print everything recorded about one run."
+    from agrivision_repro.runs.store import find_run, show_run
+
+    print(show_run(find_run(context.obj, run)).to_string())
+
+
+@runs_app.command()
+def compare(context: typer.Context, runs: Annotated[list[str], typer.Argument(help="The first digits of two or more ids.")]):
+    "Print the fields in which runs differ, and their scores, side by side."
+    from agrivision_repro.runs.store import compare_runs, find_run
+
+    print(compare_runs([find_run(context.obj, run) for run in runs]).to_string())
+
+
+@runs_app.command()
+def score(
+    context: typer.Context,
+    run: _RunId,
+    tta: Annotated[str, typer.Option(help="none, or d4: average over the eight flips and rotations of each tile.")] = "none",
+    checkpoint: Annotated[str, typer.Option(help="last, or best on the validation tiles.")] = "last",
+    data_root: DataRoot = "",
+    device: Device = "auto",
+    precision: Precision = "auto",
+):
+    "Score a finished run with test-time augmentation or with its best weights; save beside its other scores."
+    from agrivision_repro.runs.store import find_run
+    from agrivision_repro.runs.workspace import Workspace, score_again
+
+    workspace = Workspace(context.obj, data_root, device, precision)
+    for channels, by_metric in score_again(find_run(context.obj, run), workspace, checkpoint, tta).items():
+        print(f"{checkpoint}, {tta}, tested on {channels}: " + ", ".join(f"{m} {100 * s['mean']:.1f} %" for m, s in by_metric.items()))

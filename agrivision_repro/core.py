@@ -1,0 +1,118 @@
+"""Choices, files that are written whole, JSON, processes and signals: what every other room uses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+from safetensors import SafetensorError
+
+
+def worker_pool(
+    n_workers: int,
+) -> AbstractContextManager[ProcessPoolExecutor | None]:
+    "Make a pool of processes, or None for one worker, which is this process."
+    if n_workers < 2:
+        return nullcontext()
+    return ProcessPoolExecutor(n_workers, initializer=_exit_with_parent, initargs=(os.getpid(),))
+
+
+def _exit_with_parent(parent: int) -> None:
+    "Exit this process soon after its parent has ended."
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    "Write a new file with `write` and rename it atomically; on failure raises OSError and leaves the old file unchanged."
+    fresh = path.with_name(path.name + ".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(fresh)
+        with fresh.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            fresh.unlink(missing_ok=True)
+        remedy = "make room or check the permissions; what was saved before is kept"
+        raise OSError(f"{path} cannot be written ({error}): {remedy}") from error
+
+
+class Stopped(Exception):
+    "Raised after a signal ended a run and its state was saved."
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+@contextmanager
+def hear_signals() -> Iterator[list[int]]:  # signal numbers received so far
+    "Defer SIGTERM and SIGINT; a second signal has its default effect."
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
+        yield came
+        return
+    usual = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(signum: int, _frame: object) -> None:
+        came.append(signum)
+        signal.signal(signum, usual[signum])
+
+    try:
+        for s in usual:
+            signal.signal(s, note)
+        yield came
+    finally:
+        for s, handler in usual.items():
+            signal.signal(s, handler)
+
+
+def write_json(path: Path, content: dict) -> None:
+    "Write a JSON file atomically."
+    replace_file(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    "Write an `.npy` file atomically."
+
+    def write(fresh: Path) -> None:
+        with fresh.open("wb") as file:  # given a path, NumPy would append an extension
+            np.save(file, array, allow_pickle=False)
+
+    replace_file(path, write)
+
+
+ANEW = "remove its folder to train the Run again"
+
+
+def read_json(path: Path) -> dict:
+    "Load a JSON object; raise ValueError if the file does not contain one."
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {ANEW}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged (it contains {type(content).__name__}, wanted a JSON object): {ANEW}")
+    return content
+
+
+def check_choice(name: str, got: object, allowed: tuple) -> None:
+    "Raise ValueError unless a value is one of those allowed."
+    if got not in allowed:
+        raise ValueError(f"{name} is {got!r}: wanted one of {', '.join(map(str, allowed))}")

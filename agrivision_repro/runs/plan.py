@@ -1,0 +1,335 @@
+"""Predict what a set of Runs will cost before any of it is trained."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from agrivision_repro.core import read_json
+from agrivision_repro.data.batches import CHANNELS, Batch
+from agrivision_repro.data.pack import open_split
+from agrivision_repro.models.backbones import IMAGENET_URLS
+from agrivision_repro.models.deeplab import count_gmacs
+from agrivision_repro.runs.run import Run, build_loss, build_model
+from agrivision_repro.runs.store import CHECKPOINTS, provenance, saved_iteration
+from agrivision_repro.runs.workspace import Workspace
+from agrivision_repro.training.engine import Engine, make_engine
+from agrivision_repro.training.loop import Trainer
+from agrivision_repro.training.schedule import Recipe
+
+
+class Extent(NamedTuple):
+    "The size of a data set, as far as it determines the cost of a Run."
+
+    side: int  # of a tile, pixels
+    n_val: int  # validation tiles
+
+
+PAPERS_DATA = Extent(512, 4_431)  # Agriculture-Vision 2020 (§4; challenge README)
+
+
+def _tiles_left(
+    run: Run,
+    n_val: int,  # validation tiles
+    done: int = 0,  # iterations in its saved state
+) -> tuple[int, int]:  # tiles to train on, tiles to score
+    "Count the tiles that a Run still has to process."
+    recipe = run.recipe
+    looks = -(-recipe.iterations // recipe.evaluate_every) - done // recipe.evaluate_every
+    n_scored = min(n_val, recipe.max_val_tiles or n_val)
+    return (recipe.iterations - done) * recipe.batch_size, (looks + len(CHECKPOINTS) * len(run.test_inputs)) * n_scored
+
+
+def kind_of(run: Run) -> Run:
+    "Return the Run with fixed values in all fields that do not change the cost of a tile."
+    old = run.recipe
+    shape = {"batch_size": old.batch_size, "parts": old.parts, "crop": old.crop, "width": old.width}
+    recipe = Recipe(1, 1_000, 0, is_pretrained=False, **shape)  # long enough to time, too short to be compiled
+    channels = "rgb" if len(CHANNELS[run.channels]) == 3 else "rgbn"
+    alike = {"farm": None, "seed": 0, "statistics": "imagenet", "dice": float(run.dice > 0), "lovasz": float(run.lovasz > 0)}
+    return replace(run, recipe=recipe, channels=channels, **alike)
+
+
+@lru_cache
+def gmacs_of(
+    kind: Run,  # of `kind_of`
+    side: int,  # of the input, pixels
+) -> float:  # 10⁹ multiply-adds
+    "Count the multiply-adds of one tile's forward pass."
+    with torch.device("meta"):
+        model = build_model(kind)
+    return count_gmacs(model, (1, len(CHANNELS[kind.channels]), side, side))
+
+
+class Pace(NamedTuple):
+    "The speed of a kind of Run."
+
+    train: float  # seconds per tile
+    score: float  # seconds per tile
+    n_tiles: int  # in the timed batch; 0: not timed, but scaled by multiply-adds
+    is_full: bool  # False: a real micro-batch does not fit into the device's memory
+
+
+def _seconds_of(
+    work: Callable[[], Tensor],
+    limit: float = 5.0,  # seconds; a longer first call is not repeated
+) -> float:
+    "Time the second of two calls; reading a value of the result synchronizes a GPU."
+    for _ in range(2):
+        began = time.perf_counter()
+        work().flatten()[0].item()
+        took = time.perf_counter() - began
+        if took > limit:
+            break
+    return took
+
+
+def make_up_batch(kind: Run, side: int, n_tiles: int, device: torch.device) -> Batch:
+    "Make a random batch in the shapes of a kind of Run."
+    n_channels, n_classes = len(CHANNELS[kind.channels]), len(kind.edition.classes)
+    targets = torch.rand(n_tiles, n_classes, side, side, device=device) < 1 / n_classes
+    valid = torch.ones(n_tiles, side, side, dtype=torch.bool, device=device)
+    return Batch(torch.randn(n_tiles, n_channels, side, side, device=device), targets, valid, torch.arange(n_tiles))
+
+
+def time_steps(
+    kind: Run,  # of `kind_of`
+    side: int,  # of the training input, pixels
+    engine: Engine,
+    seconds: float = 5.0,  # after which no larger batch is tried
+) -> Pace:
+    "Time training steps and forward passes, on as many tiles as time and memory allow."
+    trainer = Trainer(build_model(kind), build_loss(kind), replace(kind.recipe, parts=1), 0, engine)
+    n_part, n_tiles, pace, began = kind.recipe.batch_size // kind.recipe.parts, 1, None, time.perf_counter()
+    while True:
+        try:
+            batch = make_up_batch(kind, side, n_tiles, engine.device)
+            trainer.model.train()
+            train = _seconds_of(lambda batch=batch: trainer.step([batch]), seconds) / n_tiles
+            trainer.model.eval()
+            with torch.no_grad():
+                score = _seconds_of(lambda batch=batch: engine.predict(trainer.model, batch.x), seconds) / n_tiles
+        except torch.OutOfMemoryError as error:
+            if pace is None:
+                raise ValueError(f"one tile of {side}² does not fit into device memory: use a larger device, or --device cpu") from error
+            return pace._replace(is_full=False)
+        pace = Pace(train, score, n_tiles, True)
+        if n_tiles == n_part or time.perf_counter() - began > seconds:
+            return pace
+        n_tiles = min(2 * n_tiles, n_part)
+
+
+def _pace_all(
+    kinds: dict[tuple[Run, int], int],  # kind and side → number of its Runs
+    engine: Engine,
+    seconds: float = 20.0,  # for all kinds together; the first kind is always timed
+) -> dict[tuple[Run, int], Pace]:
+    "Time kinds of Runs within a time budget, and scale the others by their multiply-adds."
+    began, paces = time.perf_counter(), {}
+    for key in sorted(kinds, key=lambda key: (kinds[key], gmacs_of(*key)), reverse=True):
+        left = seconds - (time.perf_counter() - began)
+        if not paces or left > max(p.train * p.n_tiles * 4 for p in paces.values()):  # two steps, and making the model
+            paces[key] = time_steps(*key, engine, min(5.0, left / 2))
+    timed = dict(paces)
+    for key in kinds:
+        if key not in timed:
+            near = min(timed, key=lambda other: abs(gmacs_of(*other) - gmacs_of(*key)))  # noqa: B023 used at once
+            ratio = gmacs_of(*key) / gmacs_of(*near)
+            paces[key] = Pace(timed[near].train * ratio, timed[near].score * ratio, 0, timed[near].is_full)
+    return paces
+
+
+def _find_data(run: Run, workspace: Workspace) -> Path:
+    "Return the folder of a Run's data; raise FileNotFoundError if there is none."
+    if run.farm is None:
+        if workspace.data_root is None:
+            raise FileNotFoundError(f"no folder is given for the data {run.data!r} (--data-root)")
+        return workspace.data_root
+    for note in workspace.out.glob("data/*/farmland.json"):
+        if read_json(note) == run.farm.describe():
+            return note.parent
+    raise FileNotFoundError("the synthetic tiles do not exist yet: the first run generates them")
+
+
+def measure_data(run: Run, workspace: Workspace) -> tuple[Extent, str]:  # and what is missing; "": nothing
+    "Return size and number of the tiles of a Run's data; if the data is missing, those of its description or the paper."
+    try:
+        tiles = open_split(run.data, _find_data(run, workspace), "val")
+        return Extent(max(tiles[0].labels.shape), len(tiles)), ""
+    except (ValueError, OSError) as error:
+        if run.farm is None:
+            return PAPERS_DATA, f"{error}; planned with the paper's sizes: 512² tiles, 4,431 of them to score"
+        return Extent(run.farm.size, run.farm.val_fields * run.farm.tiles_per_field), str(error)
+
+
+def _find_folder(
+    run: Run,
+    workspace: Workspace,
+    has_data: bool,
+) -> Path | None:  # None: never started
+    "Return the folder of a Run, found by its description if its data is missing."
+    if has_data:
+        return workspace.folder(run)
+    described = json.loads(json.dumps(asdict(run)))
+    records = (path for path in workspace.out.glob("runs/*/run.json") if read_json(path)["run"] == described)
+    return next((path.parent for path in records), None)
+
+
+def schedule(
+    hours: Sequence[float],  # of each run
+    n_devices: int,
+) -> list[list[int]]:  # one list per device: the indices of its runs, in order
+    "Assign runs to devices, the longest first, each to the device that is free first."
+    plan, free = [[] for _ in range(n_devices)], [(0.0, k) for k in range(n_devices)]
+    for i in sorted(range(len(hours)), key=lambda i: -hours[i]):
+        ends, k = heapq.heappop(free)
+        plan[k].append(i)
+        heapq.heappush(free, (ends + hours[i], k))
+    return plan
+
+
+def makespan(hours: Sequence[float], n_devices: int) -> float:  # hours
+    "Compute when the last run ends."
+    return max(sum(hours[i] for i in device) for device in schedule(hours, n_devices))
+
+
+def _draw_schedule(hours: Sequence[float], n_devices: int, titles: Sequence[str]) -> Figure:
+    "Draw the runs of each device over time."
+    fig, ax = plt.subplots(figsize=(7, 0.6 + 0.4 * n_devices), dpi=90, layout="constrained")
+    for k, device in enumerate(schedule(hours, n_devices)):
+        start = 0.0
+        for i in device:
+            ax.barh(k, hours[i], left=start, color="#9db8c9", edgecolor="white")
+            ax.text(start + hours[i] / 2, k, titles[i], ha="center", va="center", fontsize=8)
+            start += hours[i]
+    ax.set(xlabel="hours", ylabel="device", yticks=range(n_devices))
+    ax.invert_yaxis()
+    plt.close(fig)
+    return fig
+
+
+def name_runs(runs: Sequence[Run]) -> list[str]:
+    "Return names of Runs: their titles, with the fields that differ where titles are equal."
+    names = []
+    for run in runs:
+        twins = [asdict(other) for other in runs if other.title == run.title and other != run]
+        own = asdict(run)
+        differs = [f"{name}={own[name]}" for name in own if any(twin[name] != own[name] for twin in twins) and name != "recipe"]
+        names.append(run.title + (f" ({', '.join(differs)})" if differs else ""))
+    return names
+
+
+def _show_hours(hours: float) -> str:
+    "Format a time span in a suitable unit."
+    if hours >= 1:
+        return f"{hours:,.0f} h" if hours >= 10 else f"{hours:.1f} h"
+    return f"{60 * hours:.0f} min" if hours >= 1 / 30 else f"{3600 * hours:.0f} s"
+
+
+@dataclass(frozen=True)
+class Plan:
+    "The Runs to train, and their cost."
+
+    table: pd.DataFrame  # one row per Run, the longest first
+    device: str  # on which Runs were timed
+    precision: str
+    notes: tuple[str, ...]  # missing files, and the basis of the estimates
+
+    def hours(self, n_devices: int = 1) -> float:
+        "Compute the time for all Runs on `n_devices` devices like this one."
+        return makespan(self.table.hours.tolist(), n_devices)
+
+    def as_text(self, n_devices: int = 8, n_rows: int = 16) -> str:
+        "Format the plan for a terminal, with times for 1, 2, 4, … up to `n_devices` devices."
+        shown = self.table.head(n_rows).assign(hours=self.table.hours.map(_show_hours)).rename(columns={"hours": "time"})
+        formats = {"iterations": "{:,}".format, "GMACs": "{:,.3g}".format, "tiles/s": "{:,.3g}".format}
+        more = [f"… and {len(self.table) - n_rows} more"] if len(self.table) > n_rows else []
+        n_open = int((self.table.state != "finished").sum())
+        counts = sorted({2**k for k in range(n_devices.bit_length())} | {n_devices})
+        spans = [f"{n} devices {_show_hours(self.hours(n))}" for n in counts if n <= max(n_open, 1)]
+        lines = [
+            f"{len(self.table)} Runs, {len(self.table) - n_open} finished; timed on {self.device}, {self.precision}",
+            "", shown.to_string(index=False, formatters=formats), *more,
+            "", "all Runs, the longest first: " + ", ".join(spans).replace("1 devices", "1 device", 1),
+        ]  # fmt: skip
+        if n_open:
+            need, n_busy = self.table["tiles/s"].max(), min(n_devices, n_open)
+            lines.append(f"the loader must deliver {need:,.3g} tiles/s to each device, {n_busy * need:,.3g} to {n_busy}")
+        if n_open < n_devices:
+            lines.append(f"more devices than Runs ({n_open}) do not help, unless several train one Run (torchrun)")
+        return "\n".join([*lines, *(f"- {note}" for note in self.notes)])
+
+
+def estimate(
+    runs_by_table: dict[str, Sequence[Run]],  # name of a table → its Runs
+    workspace: Workspace,
+    seconds: float = 20.0,  # approximate, for timing
+) -> Plan:
+    "Return the plan for the Runs of tables: their states, and the time for the unfinished ones. Trains and writes nothing."
+    unique = list(dict.fromkeys(run for runs in runs_by_table.values() for run in runs))
+    data = {key: measure_data(run, workspace) for run in unique for key in [(run.data, run.farm)]}
+    engine, rows, keys = make_engine(workspace.device, workspace.precision), [], []
+    for run, name in zip(unique, name_runs(unique), strict=True):
+        extent, missing = data[run.data, run.farm]
+        tables = ", ".join(table for table, runs in runs_by_table.items() if run in runs)
+        key, folder = (kind_of(run), run.recipe.crop or extent.side), _find_folder(run, workspace, not missing)
+        rows.append({"run": name, "tables": tables, **progress(run, folder), "GMACs": gmacs_of(*key)})
+        keys.append(key)
+    opened = [key for key, row in zip(keys, rows, strict=True) if row["state"] != "finished"]
+    paces = _pace_all({key: opened.count(key) for key in opened}, engine, seconds)
+    for run, key, row in zip(unique, keys, rows, strict=True):
+        row |= cost(run, key[1], data[run.data, run.farm][0], row, paces.get(key))
+    table = pd.DataFrame(rows).sort_values("hours", ascending=False, kind="stable", ignore_index=True)
+    missing = dict.fromkeys(text for _, text in data.values() if text)
+    return Plan(table, provenance(engine)["device"], engine.precision, (*missing, *_list_notes(unique, engine, list(paces.values()))))
+
+
+def progress(run: Run, folder: Path | None) -> dict:  # state and remaining iterations
+    "Return the state of a Run and its remaining iterations."
+    if folder is not None and (folder / "scores.json").is_file():
+        return {"state": "finished", "iterations": 0}
+    done = saved_iteration(folder) if folder is not None else 0
+    return {"state": f"saved at {done:,}" if done else "open", "iterations": run.recipe.iterations - done}
+
+
+def cost(run: Run, side: int, extent: Extent, row: dict, pace: Pace | None) -> dict:  # new columns of the row
+    "Compute the hours of a Run, and the tiles per second that its loader must deliver, from a pace."
+    if row["state"] == "finished" or pace is None:
+        return {"hours": 0.0, "tiles/s": 0.0, "by": "–"}
+    n_train, n_score = _tiles_left(run, extent.n_val, run.recipe.iterations - row["iterations"])
+    seconds = n_train * pace.train + n_score * pace.score * (extent.side / side) ** 2
+    return {"hours": seconds / 3600, "tiles/s": 1 / pace.train, "by": "timing" if pace.n_tiles else "GMACs"}
+
+
+def _list_notes(runs: Sequence[Run], engine: Engine, paces: Sequence[Pace]) -> list[str]:
+    "List the missing files for the Runs of a plan, and the basis of its estimates."
+    notes = []
+    urls = {IMAGENET_URLS[run.depth, run.norm] for run in runs if run.recipe.is_pretrained and (run.depth, run.norm) in IMAGENET_URLS}
+    files = sorted(url.rsplit("/", 1)[1] for url in urls)
+    absent = [name for name in files if not (Path(torch.hub.get_dir()) / "checkpoints" / name).is_file()]
+    if absent:
+        names = ", ".join(absent[:3]) + ", …" * (len(absent) > 3)
+        notes.append(f"ImageNet weights not downloaded yet, the first run downloads them: {names}")
+    if engine.device.type == "cpu":
+        notes.append("no GPU available or requested: times are for this CPU")
+    elif paces:
+        notes.append("timed without torch.compile, which long runs use: they are likely faster")
+    if any(not pace.is_full for pace in paces):
+        notes.append("a batch does not fit into this device's memory: use micro-batches (recipe.parts), or several devices")
+    timed = [pace.n_tiles for pace in paces if pace.n_tiles]
+    if timed:
+        sizes = " or ".join(str(n) for n in sorted(set(timed)))
+        notes.append(f"from steps on random batches of {sizes}, times the tiles to train on and to score; startup and loading excluded")
+    return notes

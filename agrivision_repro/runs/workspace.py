@@ -1,0 +1,278 @@
+"""A folder of Runs and the data beneath it: open, train, resume and score."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch.utils.data import Subset
+
+import agrivision_repro
+from agrivision_repro.core import Stopped, check_choice, read_json, replace_file, write_array, write_json
+from agrivision_repro.data.batches import IMAGENET, SAMPLERS, Feed, dataset_statistics, rare_class_weights, thin_out
+from agrivision_repro.data.editions import fingerprint
+from agrivision_repro.data.pack import Counts, PackedTiles, count_tiles, open_split, pack_split
+from agrivision_repro.data.synthetic import Farmland, write_farmland
+from agrivision_repro.data.tiles import Tile, Tiles, places_in_both
+from agrivision_repro.runs.run import Run, build_loss, build_model, run_id
+from agrivision_repro.runs.store import CHECKPOINTS, TILES, Result, hold, provenance, read_result
+from agrivision_repro.training.checkpoint import read_tensors, save_tensors
+from agrivision_repro.training.engine import Engine, check_device, make_engine
+from agrivision_repro.training.evaluate import TTA, score_tiles
+from agrivision_repro.training.loop import SAVE_EVERY, Trainer, fit, history_table, load_state, save_state
+
+_PACK_UP_TO = 2e9  # bytes of images; a larger split is packed only by `agrivision data pack`
+
+
+def default_out() -> Path:
+    "Return $AGRIVISION_OUT; if unset, `out/` in the checkout of this package, or in the current folder if there is no checkout."
+    if os.environ.get("AGRIVISION_OUT"):
+        return Path(os.environ["AGRIVISION_OUT"]).resolve()
+    root = Path(agrivision_repro.__file__).resolve().parent.parent
+    return (root if (root / "settings.ini").is_file() else Path.cwd()) / "out"
+
+
+def _remove_empty(folder: Path) -> None:
+    "Remove a folder, and its parents that are then empty."
+    shutil.rmtree(folder, ignore_errors=True)
+    while not any(folder.parent.iterdir()):
+        folder = folder.parent
+        folder.rmdir()
+
+
+class Workspace:
+    "The folders of results and data, and the device."
+
+    def __init__(
+        self,
+        out: str | Path = "",  # folder of all results; "": `default_out()`
+        data_root: str | Path = "",  # folder of the real data; not needed for synthetic data
+        device: str = "auto",  # "auto": a GPU if there is one; "cpu"
+        precision: str = "auto",  # "auto": bf16 if the device supports it; "bf16"; "float32"
+    ):
+        self.out = Path(out).expanduser().resolve() if out else default_out()
+        self.data_root = Path(data_root).expanduser().resolve() if data_root else None
+        check_device(device, precision)
+        self.device, self.precision = device, precision
+        self.trackers: Sequence = ()  # Accelerate's, as names or objects; they write to `out/trackers`
+        self.save_every = SAVE_EVERY  # iterations between saved states
+        for name in ("open", "counts", "identify"):
+            setattr(self, name, lru_cache(getattr(self, name)))  # once per workspace
+
+    def places(self) -> dict[str, str]:
+        "Return the arguments that make an equal workspace in another process or a notebook."
+        return {"out": str(self.out), "data_root": str(self.data_root or ""), "device": self.device, "precision": self.precision}
+
+    @property
+    def on_gpu(self) -> bool:
+        "Return True if models are trained on a GPU."
+        return self.device == "auto" and torch.accelerator.is_available()
+
+    def root(self, data: str, farm: Farmland | None) -> Path:
+        "Return the folder of a data set, writing it first if it is synthetic."
+        if farm is not None:
+            name = hashlib.sha256(repr(farm).encode()).hexdigest()[:8]
+            return write_farmland(self.out / "data" / f"farmland-{name}", farm)
+        if self.data_root is None:
+            raise ValueError(f"data is {data!r}, which is not shipped: name its folder with --data-root (data_root)")
+        return self.data_root
+
+    def identify(self, data: str, farm: Farmland | None) -> str:
+        "Compute the fingerprint of the splits used for training and scoring."
+        return fingerprint([open_split(data, self.root(data, farm), split) for split in ("train", "val")])
+
+    def open(self, data: str, farm: Farmland | None, split: str) -> Tiles | PackedTiles:
+        "Open a split from its pack; a small split without a pack is packed into the results folder."
+        tiles = open_split(data, self.root(data, farm), split)
+        if isinstance(tiles, PackedTiles) or len(tiles) * tiles[0].image.nbytes > _PACK_UP_TO:
+            return tiles
+        folder = self.out / "data" / f"packed-{fingerprint([tiles])}"
+        try:
+            return pack_split(tiles, folder, n_workers=1)
+        except (ValueError, OSError):
+            _remove_empty(folder)
+            raise
+
+    def tiles(self, run: Run, split: str) -> Sequence[Tile]:
+        "Return the tiles that a Run is trained on (`train`) or scored on (`val`)."
+        limit = run.recipe.max_val_tiles if split == "val" else 0
+        return cast(Sequence[Tile], Subset(self.open(run.data, run.farm, split), thin_out(self.kept(run, split), limit)))  # type: ignore[arg-type]
+
+    def left_out(self, run: Run) -> list[str]:
+        "List the tiles that a Run leaves out because train and val both show their places."
+        check_choice("shared_places", run.shared_places, ("val", "train", "keep"))
+        if run.shared_places == "keep":
+            return []
+        train, val = (self.open(run.data, run.farm, split) for split in ("train", "val"))
+        tiles, shared = {"train": train, "val": val}[run.shared_places], places_in_both(train, val)
+        return [name for name, place in zip(tiles.names, tiles.fields, strict=True) if place in shared]
+
+    def kept(self, run: Run, split: str) -> list[int]:
+        "List the positions of the tiles of a split that a Run uses."
+        names, left_out = self.open(run.data, run.farm, split).names, set(self.left_out(run)) if split == run.shared_places else set()
+        if left_out.issuperset(names):
+            other = {"val": "train", "train": "val"}[split]
+            raise ValueError(f"all {len(names)} tiles of {split} show places of {other}: set shared_places={other!r}, or split by place")
+        return [k for k, name in enumerate(names) if name not in left_out]
+
+    def fields(self, run: Run) -> list[str]:
+        "List the place of each tile that a Run is scored on; the tile itself if its name does not identify a place."
+        fields = self.open(run.data, run.farm, "val").fields
+        return [fields[k] for k in thin_out(self.kept(run, "val"), run.recipe.max_val_tiles)]
+
+    def feed(self, run: Run, split: str, channels: str = "") -> Feed:
+        "Return the tiles with everything that determines the model's input; `channels` replaces the Run's for testing."
+        check_choice("statistics", run.statistics, ("imagenet", "dataset"))
+        check_choice("sampler", run.recipe.sampler, SAMPLERS)
+        own = dataset_statistics(self.counts(run.data, run.farm)) if run.statistics == "dataset" else IMAGENET
+        is_rare = run.recipe.sampler == "rare" and split == "train"
+        weights = rare_class_weights(self.counts(run.data, run.farm))[self.kept(run, split)] if is_rare else None
+        return Feed(self.tiles(run, split), channels or run.channels, len(run.edition.classes), own, weights)
+
+    def counts(self, data: str, farm: Farmland | None) -> Counts:
+        "Return the counts of the training tiles."
+        return count_tiles(self.open(data, farm, "train"), shows_progress=True)
+
+    def folder(self, run: Run) -> Path:
+        "Return the folder of a Run."
+        return self.out / "runs" / run_id(run, self.identify(run.data, run.farm))
+
+    def finished(self, run: Run) -> Result | None:
+        "Load a finished Run; return None if it is not finished."
+        folder = self.folder(run)
+        if not (folder / "scores.json").is_file():
+            return None
+        return Result(run, folder, read_json(folder / "run.json"), read_json(folder / "scores.json"))
+
+    def result(self, run: Run, title: str = "") -> Result:
+        "Return a finished Run, training it first if needed; if two processes request it at once, one trains and the other waits."
+        if self.finished(run) is None:
+            self.feed(run, "train"), self.feed(run, "val")  # detect a damaged file before anything is written
+            folder, engine = self.folder(run), make_engine(self.device, self.precision, self.trackers, self.out / "trackers")
+            folder.mkdir(parents=True, exist_ok=True)
+            with hold(folder / ".lock") if engine.accelerator.is_main_process else nullcontext():
+                engine.accelerator.wait_for_everyone()
+                if self.finished(run) is None:
+                    _train_run(run, self, engine, folder, title or run.title)
+                engine.accelerator.wait_for_everyone()
+        result = self.finished(run)
+        if result is None:
+            raise FileNotFoundError(f"{self.folder(run)} has no scores.json after training: train it again")
+        return result
+
+    def results(self, runs: Sequence[Run]) -> list[Result]:
+        "Return several finished Runs, each trained once."
+        unique = list(dict.fromkeys(runs))
+        done = {run: self.result(run, f"run {k} of {len(unique)}: {run.title}") for k, run in enumerate(unique, 1)}
+        return [done[run] for run in runs]
+
+
+def _train_run(run: Run, workspace: Workspace, engine: Engine, folder: Path, title: str) -> None:
+    "Train and score a Run and complete its folder; if it fails or is stopped, note that in its record."
+    accelerator, began = engine.accelerator, time.monotonic()
+    trainer = Trainer(build_model(run), build_loss(run), run.recipe, run.seed, engine, run.is_switch_synced)
+    record = {"run": asdict(run), "title": run.title, **provenance(engine), "parts": trainer.n_parts, "speed": trainer.speed}
+
+    def keep(**more: object) -> None:
+        if accelerator.is_main_process:
+            record.update(more, seconds=round(time.monotonic() - began, 1))
+            write_json(folder / "run.json", record)
+
+    keep(state="training")
+    if accelerator.is_main_process:
+        print(f"{title}: {engine.device.type}, {engine.precision}, {trainer.speed}", file=sys.stderr)
+    try:
+        checkpoints = _train_and_score(run, workspace, trainer, folder, title, keep)
+    except (Exception, KeyboardInterrupt) as error:
+        with suppress(OSError):  # raise the original error in any case
+            keep(state=f"{'stopped' if isinstance(error, (Stopped, KeyboardInterrupt)) else 'failed'}: {' '.join(str(error).split())}")
+        raise
+    keep(state="finished")
+    if accelerator.is_main_process:
+        write_json(folder / "scores.json", checkpoints)
+        shutil.rmtree(folder / "state")
+
+
+def _score_inputs(
+    model: torch.nn.Module,
+    tests: dict[str, Feed],  # test input → tiles
+    engine: Engine,
+    tta: str = "none",  # a key of `training.TTA`
+) -> tuple[dict, np.ndarray]:  # test input → metric → per_class, mean, floor; counts of `read_tiles`
+    "Score a model on all its test inputs."
+    scored = {channels: score_tiles(model, test, engine, tta) for channels, test in tests.items()}
+    return {channels: scores for channels, (scores, _) in scored.items()}, torch.stack([tiles for _, tiles in scored.values()]).numpy()
+
+
+def _score_checkpoints(
+    trainer: Trainer,  # its model is changed in place
+    tests: dict[str, Feed],  # test input → tiles
+    folder: Path,
+    iterations: dict[str, int],  # checkpoint → its iteration, "last" first
+) -> dict:  # the content of `scores.json`
+    "Score the last and the best weights, and write the contribution of each tile to the scores of the last."
+    scores = {}
+    for name, iteration in iterations.items():
+        if iteration not in scores:  # the last weights may be the best
+            trainer.bare_model.load_state_dict(read_tensors(folder / CHECKPOINTS[name])[0])
+            scores[iteration], tiles = _score_inputs(trainer.bare_model, tests, trainer.engine)
+            if name == "last" and trainer.engine.accelerator.is_main_process:
+                write_array(folder / TILES, tiles)
+    return {name: {"iteration": iteration, "scores": scores[iteration]} for name, iteration in iterations.items()}
+
+
+def _train_and_score(run: Run, workspace: Workspace, trainer: Trainer, folder: Path, title: str, keep: Callable) -> dict:
+    "Train to the end, write weights and history, and score the last weights and the best."
+    feed, accelerator, state = workspace.feed(run, "train"), trainer.engine.accelerator, folder / "state" / "state.safetensors"
+    tests = {channels: workspace.feed(run, "val", channels) for channels in run.test_inputs}
+    if state.exists():
+        load_state(trainer, state)
+    n_val, left_out = len(tests[run.test_inputs[0]].tiles), workspace.left_out(run)
+    keep(resumed_at=trainer.iteration, statistics=feed.statistics, n_train=len(feed.tiles), n_val=n_val, left_out=left_out)
+    if left_out and accelerator.is_main_process:
+        some = ", ".join(left_out[:3]) + (", …" if len(left_out) > 3 else "")
+        print(f"{len(left_out)} tiles of {run.shared_places} are left out because both splits show their places: {some}", file=sys.stderr)
+    accelerator.init_trackers("agrivision_repro", {"title": run.title})
+    fit(trainer, feed, state, tests[run.channels if run.channels in tests else run.test_inputs[0]], title, workspace.save_every)
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    iterations = {"last": trainer.iteration, "best": max(trainer.evaluations, key=lambda e: e[1])[0]}
+    if accelerator.is_main_process:
+        save_state(trainer, state)
+        save_tensors(trainer.bare_model.state_dict(), folder / CHECKPOINTS["last"], iteration=iterations["last"])
+        replace_file(folder / CHECKPOINTS["best"], lambda p: shutil.copyfile(state.with_name("best.safetensors"), p))
+        replace_file(folder / "history.csv", history_table(trainer.history, trainer.loss).to_csv)
+    keep(evaluations=trainer.evaluations)
+    accelerator.wait_for_everyone()
+    return _score_checkpoints(trainer, tests, folder, iterations)
+
+
+def score_again(
+    folder: Path,  # of a finished Run
+    workspace: Workspace,
+    checkpoint: str = "last",  # or "best"
+    tta: str = "none",  # a key of `training.TTA`
+) -> dict:  # test input → metric → per_class, mean, floor
+    "Score weights with another checkpoint or augmentation; save the scores, and the counts of the tiles if missing, in the folder."
+    result, path = read_result(folder), folder / f"scores-{checkpoint}-{tta}.json"
+    check_choice("tta", tta, tuple(TTA))
+    lacks_tiles = (checkpoint, tta) == ("last", "none") and not (folder / TILES).is_file()
+    if lacks_tiles or not path.is_file():
+        model, engine = result.model(checkpoint), make_engine(workspace.device, workspace.precision)
+        tests = {channels: workspace.feed(result.run, "val", channels) for channels in result.run.test_inputs}
+        scores, tiles = _score_inputs(model.to(engine.device), tests, engine, tta)
+        if lacks_tiles:
+            write_array(folder / TILES, tiles)
+        write_json(path, scores)
+    return read_json(path)

@@ -1,0 +1,142 @@
+"""Which Runs and which notebook each table and figure needs."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import agrivision_repro
+from agrivision_repro.models.backbones import NORMS
+from agrivision_repro.runs.run import Run, plan_run
+from agrivision_repro.runs.workspace import Workspace
+
+
+def table1(
+    scale: str = "smoke",  # a key of `runs.SCALES`
+    data: str = "synthetic",  # a key of `data.EDITIONS`
+    seeds: Sequence[int] = (0,),  # one run of each kind per seed
+    lambda1: float = 1.0,  # weight of Dice in the loss (eq. 10)
+    lambda2: float = 1.0,  # weight of Lovász in the loss (eq. 10)
+) -> list[Run]:
+    "Return the Runs of Table 1: ResNet101 on RGB and on NIR."
+    return [
+        plan_run(scale, data, channels=channels, seed=seed, dice=float(lambda1), lovasz=float(lambda2))
+        for seed in check_seeds(seeds)
+        for channels in ("rgb", "nir3")
+    ]
+
+
+_MAX_SEED = 2**63  # torch.manual_seed accepts no larger seed
+
+
+def check_seeds(seeds: Sequence[int]) -> list[int]:
+    "Check that there is at least one seed, and that all are different non-negative integers; raise ValueError if not."
+    if not seeds or any(not isinstance(s, int) or not 0 <= s < _MAX_SEED for s in seeds) or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds are {list(seeds)}: wanted at least one, all different integers from 0 to 2^63 - 1")
+    return list(seeds)
+
+
+def fig2(
+    scale: str = "smoke",  # a key of `runs.SCALES`
+    data: str = "synthetic",  # a key of `data.EDITIONS`
+    seeds: Sequence[int] = (0,),  # one run of each kind per seed
+    lambda1: float = 1.0,  # weight of Dice in the loss (eq. 10)
+    lambda2: float = 1.0,  # weight of Lovász in the loss (eq. 10)
+) -> list[Run]:
+    "Return the Runs of Figure 2, and of the nets that we add: each net on RGB and on NIR."
+    own = {"scale": scale, "data": data, "dice": float(lambda1), "lovasz": float(lambda2)}
+    return [plan_run(**own, channels=c, norm=norm, seed=seed) for seed in check_seeds(seeds) for norm in NORMS for c in ("rgb", "nir3")]
+
+
+def table2(
+    scale: str = "smoke",  # a key of `runs.SCALES`
+    data: str = "synthetic",  # a key of `data.EDITIONS`
+    seeds: Sequence[int] = (0,),  # one run of each kind per seed
+) -> list[Run]:
+    "Return the Runs of Table 2: eight backbones with BCE + Dice on NRGB; beyond the paper, the best one on other channels."
+    nets = [(depth, norm, "rgbn") for depth in (50, 101) for norm in NORMS] + [(101, "ibn_s", c) for c in ("rgbr", "rgb", "nir3")]
+    return [plan_run(scale, data, seed=s, depth=d, norm=n, channels=c) for s in check_seeds(seeds) for d, n, c in nets]
+
+
+def table3(
+    scale: str = "smoke",  # a key of `runs.SCALES`
+    data: str = "synthetic",  # a key of `data.EDITIONS`
+    seeds: Sequence[int] = (0,),  # one run of each kind per seed
+) -> list[Run]:
+    "Return the Runs of Table 3: IBN-Net101-a on NRGB with each loss; beyond the paper, its best model."
+    weights = [(float(dice), float(lovasz)) for lovasz in (0, 1) for dice in (0, 1)]
+    own = [plan_run(scale, data, norm="ibn_a", seed=seed, dice=d, lovasz=lv) for seed in check_seeds(seeds) for d, lv in weights]
+    return own + fig3(scale, data, seeds)
+
+
+def fig3(
+    scale: str = "smoke",  # a key of `runs.SCALES`
+    data: str = "synthetic",  # a key of `data.EDITIONS`
+    seeds: Sequence[int] = (0,),  # one run per seed; the first is drawn
+) -> list[Run]:
+    "Return the Runs of Figure 3: IBN-Net101-s with the hybrid loss."
+    return [plan_run(scale, data, norm="ibn_s", seed=seed, lovasz=1.0) for seed in check_seeds(seeds)]
+
+
+def all_runs(
+    scale: str = "smoke",  # a key of `runs.SCALES`
+    data: str = "synthetic",  # a key of `data.EDITIONS`
+    seeds: Sequence[int] = (0,),  # one run of each kind per seed
+    lambda1: float = 1.0,  # weight of Dice in the loss of Table 1 and Figure 2 (eq. 10)
+    lambda2: float = 1.0,  # weight of Lovász in the same loss
+) -> list[Run]:
+    "Return every Run of the paper, and those that we add, each once."
+    hybrid = {"lambda1": lambda1, "lambda2": lambda2}
+    both = table1(scale, data, seeds, **hybrid) + fig2(scale, data, seeds, **hybrid)
+    return list(dict.fromkeys(both + table2(scale, data, seeds) + table3(scale, data, seeds)))
+
+
+def no_runs() -> list[Run]:
+    "Return no Runs."
+    return []
+
+
+TABLES: dict[str, Callable[..., list[Run]]] = {  # notebook → its Runs, in reading order
+    "claims": all_runs,
+    "table1_modality": table1,
+    "table2_backbones": table2,
+    "table3_losses": table3,
+    "fig1_blocks": no_runs,
+    "fig2_divergence": fig2,
+    "fig3_predictions": fig3,
+    "fig_schedule": no_runs,
+}
+
+
+def table_notebook(
+    name: str,  # a key of `TABLES`
+) -> Path:
+    "Return the path of a table's notebook, in a checkout or in an installed package."
+    package = Path(agrivision_repro.__file__).resolve().parent
+    found = [p for p in (package / "notebooks", package.parent / "nbs" / "tables") if (p / f"{name}.ipynb").is_file()]
+    if not found:
+        raise FileNotFoundError(f"{name}.ipynb is in no folder of the package: wanted one of {', '.join(TABLES)}")
+    return found[0] / f"{name}.ipynb"
+
+
+def known_parameters(
+    table: Callable[..., list[Run]],  # a value of `TABLES`
+) -> set[str]:
+    "Return the names of a table notebook's parameters."
+    return {name for takes in (table, Workspace) for name in inspect.signature(takes).parameters}
+
+
+def refuse_unknown(
+    cells: Sequence[str],  # sources executed so far: IPython's `In`
+    table: Callable[..., list[Run]],  # a value of `TABLES`
+) -> None:
+    "Check that papermill set only parameters of the notebook; raise ValueError if not."
+    for source in cells:
+        if source.startswith("# Parameters\n"):
+            names = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+            unknown = sorted(names - known_parameters(table) - {"True", "False", "None"})
+            if unknown:
+                known = ", ".join(sorted(known_parameters(table)))
+                raise ValueError(f"unknown parameter {', '.join(unknown)}: this notebook accepts {known}")

@@ -1,0 +1,62 @@
+"""Scores of a model on a stream of tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from agrivision_repro.data.batches import INVERSE, Feed, scoring_loader, turn
+from agrivision_repro.metrics import AveragePrecision, ChallengeIoU, ClassMetric, MultilabelIoU
+from agrivision_repro.training.engine import Engine
+
+METRICS: dict[str, Callable[[int], ClassMetric]] = {
+    "multilabel": MultilabelIoU,
+    "challenge": ChallengeIoU,
+    "gated": partial(ChallengeIoU, reading="gated"),
+    "average_precision": AveragePrecision,
+}
+
+
+TTA = {"none": (0,), "d4": tuple(range(8))}  # elements of D4 whose logits are averaged
+
+
+@torch.no_grad()
+def score_tiles(
+    model: nn.Module,  # unwrapped: processes have different numbers of batches and must not synchronize
+    feed: Feed,
+    engine: Engine,
+    tta: str = "none",  # a key of `TTA`
+) -> tuple[dict[str, dict], Tensor]:  # as `score`; multi-label intersection and union, pixels, `(N, C, 2)` int64, on the CPU
+    "Compute all metrics of a model on whole tiles, and the intersection and union of each tile."
+    if tta not in TTA:
+        raise ValueError(f"tta is {tta!r}: wanted one of {', '.join(TTA)}")
+    metrics = {name: kind(feed.n_classes).to(engine.device) for name, kind in METRICS.items()}
+    tiles = torch.zeros(len(feed.tiles), feed.n_classes, 2, dtype=torch.int64, device=engine.device)
+    share = {"rank": engine.accelerator.process_index, "n_processes": engine.accelerator.num_processes}
+    model.eval().to(memory_format=torch.channels_last)  # as in training: other layouts change the logits' last bits, and so the ranking
+    for batch in scoring_loader(feed.tiles, prepare=feed.prepare(engine.device), **share):
+        logits = sum(turn(engine.predict(model, turn(batch.x, e)).float(), INVERSE[e]) for e in TTA[tta]) / len(TTA[tta])
+        for metric in metrics.values():
+            metric.update(logits, batch.targets, batch.valid)
+        tiles[batch.index] = metrics["multilabel"].latest
+    scores = {name: _summarise(metric) for name, metric in metrics.items()}
+    return scores, engine.accelerator.reduce(tiles, "sum").cpu()  # 0 for the tiles of other processes
+
+
+def score(
+    model: nn.Module,
+    feed: Feed,
+    engine: Engine,
+    tta: str = "none",  # a key of `TTA`
+) -> dict[str, dict]:  # metric → `per_class` (None: absent), `mean`, `floor`
+    "Compute all metrics of a model on whole tiles."
+    return score_tiles(model, feed, engine, tta)[0]
+
+
+def _summarise(metric: ClassMetric) -> dict:  # plain numbers, for a JSON file
+    "Return a metric's result as plain numbers."
+    per_class = [None if value != value else value for value in metric.per_class().tolist()]
+    return {"per_class": per_class, "mean": float(metric.compute()), "floor": float(metric.floor())}
