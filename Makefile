@@ -27,7 +27,7 @@ $(VENV)/.ready: settings.ini setup.py pyproject.toml constraints.txt tools/make_
 test: $(VENV)/.ready
 	$(BIN)/python tools/check_in_step.py
 	$(BIN)/ruff check .
-	$(BIN)/python tools/test_notebooks.py
+	$(BIN)/python tools/run_nbdev_test.py
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-lab: $(VENV)/.ready

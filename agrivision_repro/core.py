@@ -62,7 +62,7 @@ class Stopped(Exception):
 
 
 @contextmanager
-def hear_signals() -> Iterator[list[int]]:  # signal numbers received so far
+def defer_signals() -> Iterator[list[int]]:  # signal numbers received so far
     "Defer SIGTERM and SIGINT; a second signal has its default effect."
     came: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers

@@ -21,7 +21,7 @@ import torch
 from timing import finish
 from torch import Tensor, nn
 
-from agrivision_repro.data.batches import Feed, SampleStream, training_loader
+from agrivision_repro.data.batches import SampleStream, TileDataset, training_loader
 from agrivision_repro.data.tiles import Tile
 from agrivision_repro.losses import bce_loss, dice_loss, lovasz_loss
 from agrivision_repro.metrics import ChallengeIoU, MultilabelIoU
@@ -88,7 +88,7 @@ def train(run: Run, tiles: list[Tile], n_steps: int, device: str, precision: str
     compiled = compile_model(trainer.bare_model, engine.device) if is_compiled else "not asked"
     if engine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    feed, size = Feed(tiles, run.channels, 7), run.recipe.batch_size
+    feed, size = TileDataset(tiles, run.channels, 7), run.recipe.batch_size
     loader = training_loader(SampleStream(tiles), size, 0, n_steps, feed.prepare(engine.device), trainer.parts, trainer.n_parts)
     waited, stepped, trained = [], [], trainer.model.train()
     start = perf_counter()
@@ -127,7 +127,7 @@ if __name__ == "__main__":
     is_gpu, began = given.device == "cuda", perf_counter()
     wanted = "auto" if is_gpu else "cpu"
     run = plan_run("paper" if is_gpu else "smoke", "agrivision-2020", norm="ibn_s", lovasz=1.0)
-    run = replace(run, recipe=replace(run.recipe, is_pretrained=False, crop=0))
+    run = replace(run, recipe=replace(run.recipe, pretrained=False, crop=0))
     tiles, n_steps = random_tiles(64 if is_gpu else 8, 512 if is_gpu else 64), 60 if is_gpu else 6
     report = {"machine": provenance(make_engine(wanted)), "parity": check_parity(torch.device(given.device)), "training": {}}
     ways = {"bf16": ("bf16", False), "bf16, compiled": ("bf16", True), "float32": ("float32", False)}

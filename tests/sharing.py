@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
-from agrivision_repro.data.batches import Feed, SampleStream, training_loader
+from agrivision_repro.data.batches import SampleStream, TileDataset, training_loader
 from agrivision_repro.data.editions import open_tiles
 from agrivision_repro.data.synthetic import Farmland, write_farmland
 from agrivision_repro.losses import HybridLoss
@@ -28,7 +28,7 @@ from agrivision_repro.training.evaluate import score, score_tiles
 from agrivision_repro.training.loop import Trainer
 from agrivision_repro.training.schedule import Recipe
 
-RECIPE = Recipe(1, 2, 1, lr=0.05, batch_size=8, crop=32, width=1 / 16, is_pretrained=False)
+RECIPE = Recipe(1, 2, 1, lr=0.05, batch_size=8, crop=32, width=1 / 16, pretrained=False)
 
 
 class Halves(nn.Module):
@@ -63,8 +63,8 @@ def make_model(norm: str) -> nn.Module:
     return Wide(model)
 
 
-def train(norm: str, loss: nn.Module, feed: Feed, engine: Engine, out: Path) -> None:
-    trainer = Trainer(make_model(norm), loss, RECIPE, 0, engine, is_switch_synced=True)
+def train(norm: str, loss: nn.Module, feed: TileDataset, engine: Engine, out: Path) -> None:
+    trainer = Trainer(make_model(norm), loss, RECIPE, 0, engine, sync_switch=True)
     stream = SampleStream(feed.tiles, 0, 32)
     loader = training_loader(stream, 8, 0, RECIPE.iterations, feed.prepare("cpu"), trainer.parts, trainer.n_parts)
     trainer.model.train()
@@ -78,7 +78,7 @@ def train(norm: str, loss: nn.Module, feed: Feed, engine: Engine, out: Path) -> 
 
 def train_small_models(out: Path, engine: Engine) -> None:
     tiles = open_tiles("synthetic", write_farmland(out.parent / "farm", Farmland(32, 5, 1, 1)), "train")
-    feed = Feed([tiles[k] for k in range(17)], "rgbn", 7)  # one process scores two batches, the other one
+    feed = TileDataset([tiles[k] for k in range(17)], "rgbn", 7)  # one process scores two batches, the other one
     is_alone = engine.accelerator.num_processes == 1
     for norm in NORMS:
         train(norm, HybridLoss(0, 0), feed, engine, out / f"{norm}-bce")
@@ -89,7 +89,7 @@ def score_untrained(out: Path, engine: Engine) -> None:
     "Each process writes what it was given: an odd number of tiles, then one, which leaves the second process without any."
     tiles = open_tiles("synthetic", write_farmland(out.parent / "farm", Farmland(32, 5, 1, 1)), "train")
     for n in (17, 1):
-        scores, counts = score_tiles(make_model("ibn_s"), Feed([tiles[k] for k in range(n)], "rgbn", 7), engine)
+        scores, counts = score_tiles(make_model("ibn_s"), TileDataset([tiles[k] for k in range(n)], "rgbn", 7), engine)
         name = f"{n}-{engine.accelerator.process_index}"
         (out / f"{name}.json").write_text(json.dumps(scores))
         np.save(out / f"{name}.npy", counts.numpy())

@@ -324,7 +324,7 @@ class Odd(nn.Module):
         ({"estimator": batch_mean(8)}, r"batches_a has 6 samples and so 1 values for batch_mean\(8\): wanted 2 or more"),
         ({"estimator": "batch"}, r"estimator is 'batch': wanted sample, pixel or batch_mean\(n\)"),
         ({"estimator": "pixel", "n_resamples": 5}, "n_resamples requires sample among them"),
-        ({"batches_b": [torch.randn(4, 3, 20, 20).double()], "n_resamples": 5, "is_paired": True}, "6 and 4 samples are not pairs"),
+        ({"batches_b": [torch.randn(4, 3, 20, 20).double()], "n_resamples": 5, "paired": True}, "6 and 4 samples are not pairs"),
         ({"batches_a": [torch.full((2, 3, 20, 20), torch.inf).double()]}, "layer 0 returns values that are not finite"),
         (
             {"batches_a": [(torch.randn(2, 3, 20, 20).double(), torch.tensor([1, 0]))]},
@@ -405,15 +405,15 @@ def draw_streams(seed: int, n_places: int, n_tiles: int = 1, shift: float = 0.0)
     return mixed[0], mixed[1] + shift
 
 
-def p_values(n_trials: int, n_places: int, n_tiles: int, is_paired: bool, has_places: bool = True, shift: float = 0.0) -> np.ndarray:
+def p_values(n_trials: int, n_places: int, n_tiles: int, paired: bool, has_places: bool = True, shift: float = 0.0) -> np.ndarray:
     found = []
     for seed in range(n_trials):
         a, b = draw_streams(seed, n_places, n_tiles, shift)
-        if not is_paired:
+        if not paired:
             b = draw_streams(seed + 100_000, n_places, n_tiles, shift)[1]
         names = np.repeat(np.arange(n_places), n_tiles)
-        names = names if is_paired else [*names, *(n_places + names)]
-        places = find_places(len(a), len(b), is_paired, names if has_places else None)
+        names = names if paired else [*names, *(n_places + names)]
+        places = find_places(len(a), len(b), paired, names if has_places else None)
         found.append(null_and_p(permuted_divergence(a, b, places, 99, seed))[1])
     return np.array(found)
 
@@ -425,9 +425,9 @@ def distance_from_uniform(p: np.ndarray) -> float:
     return max((ranks[1:] - p).max(), (p - ranks[:-1]).max()) * len(p) ** 0.5
 
 
-@pytest.mark.parametrize(("n_places", "n_tiles", "is_paired"), [(24, 1, True), (20, 3, True), (24, 1, False), (16, 3, False)])
-def test_p_values_are_uniform_without_a_difference(n_places, n_tiles, is_paired):
-    p = p_values(300, n_places, n_tiles, is_paired)
+@pytest.mark.parametrize(("n_places", "n_tiles", "paired"), [(24, 1, True), (20, 3, True), (24, 1, False), (16, 3, False)])
+def test_p_values_are_uniform_without_a_difference(n_places, n_tiles, paired):
+    p = p_values(300, n_places, n_tiles, paired)
     assert distance_from_uniform(p) < 1.63
     assert abs((p <= 0.05).sum() - 15) < 2.58 * (300 * 0.05 * 0.95) ** 0.5  # 99 % of a binomial distribution
 
@@ -438,19 +438,19 @@ def test_tiles_that_pose_as_places_are_overconfident():
     assert (p <= 0.05).sum() > 40 and distance_from_uniform(p) > 2
 
 
-@pytest.mark.parametrize("is_paired", [True, False])
-def test_a_shift_is_found(is_paired):
-    assert (p_values(60, 24, 1, is_paired, shift=6.0) <= 0.05).mean() > 0.9
+@pytest.mark.parametrize("paired", [True, False])
+def test_a_shift_is_found(paired):
+    assert (p_values(60, 24, 1, paired, shift=6.0) <= 0.05).mean() > 0.9
 
 
 def test_null_is_the_expectation_at_the_same_number_of_samples():
     "2/(n - 3) + 2 (n - 1)/(n (n - 3)) for independent Gaussian samples; halves would give twice as much."
     n, generator = 30, torch.Generator().manual_seed(3)
     expected = 2 / (n - 3) + 2 * (n - 1) / (n * (n - 3))
-    for is_paired in (True, False):
+    for paired in (True, False):
         sets = torch.randn(100, 2, n, 40, generator=generator)
         observed = np.mean([divergence_of(*x) for x in sets])
-        nulls = [null_and_p(permuted_divergence(*x, find_places(n, n, is_paired), 50))[0] for x in sets]
+        nulls = [null_and_p(permuted_divergence(*x, find_places(n, n, paired), 50))[0] for x in sets]
         np.testing.assert_allclose([observed, np.mean(nulls)], expected, rtol=0.05)
 
 
@@ -504,9 +504,9 @@ def test_permutation_with_dead_channels():
 
 def test_domain_error_of_equal_distributions_is_a_half():
     "200 sets of 20 pairs, and of 20 samples that are no pairs: half of them wrong, within what tosses of a coin allow."
-    for is_paired in (True, False):
+    for paired in (True, False):
         sets = torch.randn(200, 2, 20, 30, generator=torch.Generator().manual_seed(9))
-        errors = np.array([domain_error(*x, find_places(20, 20, is_paired), seed=k) for k, x in enumerate(sets)])
+        errors = np.array([domain_error(*x, find_places(20, 20, paired), seed=k) for k, x in enumerate(sets)])
         assert abs(errors.mean() - 0.5) < 3 * errors.std() / 200**0.5
         assert abs(errors.mean() - 0.5) < 0.03 and errors.std() < 0.15
 
@@ -573,7 +573,7 @@ def test_places_of_a_model():
     "Places reach the interval, the null and the folds; the rows of other estimators have none of them."
     model, (a, b) = small_network(), streams(12, 12)
     names = list("aabbccddeeff")
-    options = {"estimator": ("sample", "pixel"), "n_resamples": 20, "is_paired": True}
+    options = {"estimator": ("sample", "pixel"), "n_resamples": 20, "paired": True}
     plain, grouped = (divergence(model, a.split(5), b.split(4), LAYERS, places=places, **options) for places in (None, names))
     assert (plain.columns[-5:] == TRUST).all() and grouped[grouped.estimator == "pixel"][TRUST].isna().all(axis=None)
     means = [torch.cat(measure(model, x.split(5), LAYERS, keep_samples=True).sample_means).split([6, 9], 1)[1] for x in (a, b)]
@@ -601,7 +601,7 @@ def test_classes_in_one_pass_are_classes_one_by_one():
     batches = [with_classes(x, seed) for seed, x in enumerate((a, b))]
     runs = []
     model[0].register_forward_hook(lambda *_: runs.append(1))
-    options = {"n_resamples": 10, "is_paired": True, "places": list("aabbccddeeff")}
+    options = {"n_resamples": 10, "paired": True, "places": list("aabbccddeeff")}
     table = divergence_by_class(model, *batches, ("much", "some", "little", "none"), LAYERS, **options)
     assert len(runs) == 6 and table.columns[0] == "class"  # three batches of each stream
     for k, name in enumerate(("much", "some")):

@@ -126,7 +126,7 @@ def test_every_public_name_is_in_the_api(module, site, pages):
 def test_a_parameter_says_what_its_comment_says(site):
     "Shape, type, default, comment and what is returned; and the place of the cell."
     html = (site / "api" / "norms.html").read_text(encoding="utf-8")
-    entry = html[html.index('id="agrivision_repro.norms.normalise"') : html.index('id="agrivision_repro.norms.pool_moments"')]
+    entry = html[html.index('id="agrivision_repro.norms.normalize"') : html.index('id="agrivision_repro.norms.pool_moments"')]
     text = " ".join(re.sub(r"<[^>]+>", " ", entry).split())
     assert "eps float 1e-5 added to the variance" in text and "weight Tensor gamma, (C,)" in text and "Returns Tensor : like x" in text
     assert re.search(r'href="\.\./20_norms\.html#norms-\d+"', entry)
@@ -188,7 +188,7 @@ def missing_files(text: str, folder: Path) -> list[str]:
     return [link.path for link in links if not link.scheme and link.path and not (folder / unquote(link.path)).exists()]
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "LICENCES.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "THIRD_PARTY_LICENSES.md", "CHANGELOG.md"])
 def test_relative_links_of_the_repository_lead_to_files(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     assert missing_files(text, ROOT) == []

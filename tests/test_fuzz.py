@@ -162,7 +162,7 @@ def test_the_index_of_a_pack(content, folder):
 @quickly(100)
 @given(
     change=st.dictionaries(
-        st.sampled_from(["split", "classes", "shape", "dtype", "tiles", "is_labelled"]), json_values | st.just(...), min_size=1
+        st.sampled_from(["split", "classes", "shape", "dtype", "tiles", "labeled"]), json_values | st.just(...), min_size=1
     )
 )
 @example(change={"tiles": ...})

@@ -188,7 +188,7 @@ from agrivision_repro.data.synthetic import Farmland
 from dataclasses import replace
 farm = Farmland(size=256, train_fields=int(sys.argv[2]), val_fields=1, test_fields=1)
 n_tiles = 4 * farm.train_fields
-recipe = Recipe(1, 1, 18, lr=0.01, batch_size=4, crop=32, width=1 / 16, is_pretrained=False)  # the same work for both
+recipe = Recipe(1, 1, 18, lr=0.01, batch_size=4, crop=32, width=1 / 16, pretrained=False)  # the same work for both
 run = replace(plan_run("smoke", "synthetic"), farm=farm, recipe=recipe)
 result = Workspace(sys.argv[1], device="cpu").result(run)
 print(result.record["n_train"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

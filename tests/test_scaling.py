@@ -19,7 +19,7 @@ from agrivision_repro.cli.app import main
 from agrivision_repro.core import read_json
 from agrivision_repro.runs import plan
 from agrivision_repro.runs.cluster import Interrupted, train_on_ray, train_one
-from agrivision_repro.runs.plan import Pace, estimate, gmacs_of, kind_of, makespan, name_runs, time_steps
+from agrivision_repro.runs.plan import Throughput, estimate, gmacs_of, kind_of, makespan, name_runs, time_steps
 from agrivision_repro.runs.run import plan_run
 from agrivision_repro.runs.store import saved_iteration
 from agrivision_repro.runs.workspace import Workspace
@@ -35,7 +35,7 @@ PAPER = plan_run("paper", "agrivision-2020", channels="rgb", lovasz=1.0)
 def paces(monkeypatch):
     "Time nothing: a tile takes a second to train on, half of one to score."
     timed = []
-    monkeypatch.setattr(plan, "time_steps", lambda kind, *_: timed.append(kind) or Pace(1.0, 0.5, 1, True))
+    monkeypatch.setattr(plan, "time_steps", lambda kind, *_: timed.append(kind) or Throughput(1.0, 0.5, 1, True))
     return timed
 
 

@@ -1,4 +1,4 @@
-"What SECURITY.md and LICENCES.md say is so."
+"What SECURITY.md and THIRD_PARTY_LICENSES.md say is so."
 
 import ast
 import re
@@ -12,24 +12,24 @@ sys.path.insert(0, str(ROOT / "tools"))
 MODULES = sorted(path for path in (ROOT / "agrivision_repro").rglob("*.py") if path.name != "_modidx.py")
 
 
-def test_every_dependency_has_a_licence():
-    from list_licences import PAGE, list_dependencies, listed, name_licence
+def test_every_dependency_has_a_license():
+    from list_licenses import PAGE, list_dependencies, listed, name_license
 
     known = listed(PAGE.read_text())
     assert list(known) == list_dependencies() and "torch" in known and "ray" in known
-    assert not [name for name, licence in known.items() if licence in ("", "not stated")]
-    assert known["typer"] == name_licence("typer")
+    assert not [name for name, license in known.items() if license in ("", "not stated")]
+    assert known["typer"] == name_license("typer")
 
 
 def test_a_dependency_without_a_row_is_named(tmp_path, monkeypatch):
-    import list_licences
+    import list_licenses
 
-    page = tmp_path / "LICENCES.md"
-    page.write_text(re.sub(r"^\| torch \|.*\n", "", list_licences.PAGE.read_text(), flags=re.MULTILINE))
-    monkeypatch.setattr(list_licences, "PAGE", page)
-    monkeypatch.setattr(sys, "argv", ["list_licences.py", "--check"])
-    with pytest.raises(SystemExit, match="LICENCES.md lacks torch: run tools/list_licences.py"):
-        list_licences.main()
+    page = tmp_path / "THIRD_PARTY_LICENSES.md"
+    page.write_text(re.sub(r"^\| torch \|.*\n", "", list_licenses.PAGE.read_text(), flags=re.MULTILINE))
+    monkeypatch.setattr(list_licenses, "PAGE", page)
+    monkeypatch.setattr(sys, "argv", ["list_licenses.py", "--check"])
+    with pytest.raises(SystemExit, match="THIRD_PARTY_LICENSES.md lacks torch: run tools/list_licenses.py"):
+        list_licenses.main()
 
 
 def calls(path: Path) -> dict[str, list[ast.Call]]:
@@ -54,11 +54,11 @@ def test_nothing_that_is_read_can_run(path):
 
 
 def test_every_url_that_is_fetched_is_told():
-    "The hosts of the code's URLs that data or weights come from stand in LICENCES.md or SECURITY.md."
+    "The hosts of the code's URLs that data or weights come from stand in THIRD_PARTY_LICENSES.md or SECURITY.md."
     from agrivision_repro.data.fetch import SOURCES
     from agrivision_repro.models.backbones import IMAGENET_URLS
 
-    told = (ROOT / "LICENCES.md").read_text() + (ROOT / "SECURITY.md").read_text()
+    told = (ROOT / "THIRD_PARTY_LICENSES.md").read_text() + (ROOT / "SECURITY.md").read_text()
     for url in IMAGENET_URLS.values():
         assert url.split("/")[2] in told and re.search(r"-[0-9a-f]{8}\.pth$", url)
     assert all(source.repository.startswith("https://github.com/") for source in SOURCES.values()) and "GitHub" in told

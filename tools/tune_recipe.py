@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from agrivision_repro.data.batches import Feed, thin_out
+from agrivision_repro.data.batches import TileDataset, thin_out
 from agrivision_repro.data.editions import find_edition
 from agrivision_repro.runs.run import Run, build_loss, build_model, plan_run
 from agrivision_repro.runs.workspace import Workspace
@@ -39,7 +39,7 @@ def read_recipe(base: Recipe, words: str) -> Recipe:
     return replace(base, warmup=warmup, constant=constant, decay=left - constant, **changes)
 
 
-def split_training(run: Run, workspace: Workspace, n_train: int) -> tuple[Feed, Feed]:
+def split_training(run: Run, workspace: Workspace, n_train: int) -> tuple[TileDataset, TileDataset]:
     "Split the training tiles by place into at most `n_train` for training and the rest for scoring."
     feed, fields = workspace.feed(run, "train"), list(workspace.open(run.data, run.farm, "train").fields)
     held = set(sorted(set(fields))[::HELD_OUT])

@@ -79,20 +79,20 @@ class Places(NamedTuple):
 def find_places(
     n_a: int,  # samples
     n_b: int,
-    is_paired: bool = False,  # sample k of both streams shows the same place
+    paired: bool = False,  # sample k of both streams shows the same place
     places: Sequence | None = None,  # name per pair, or per sample of A and then of B; None: every pair or sample is its own place
 ) -> Places:
     "Number the places of two streams."
-    if is_paired and n_a != n_b:
-        raise ValueError(f"streams of {n_a} and {n_b} samples are not pairs: pass equally many or is_paired=False")
-    wanted = n_a if is_paired else n_a + n_b
+    if paired and n_a != n_b:
+        raise ValueError(f"streams of {n_a} and {n_b} samples are not pairs: pass equally many or paired=False")
+    wanted = n_a if paired else n_a + n_b
     names = np.arange(wanted) if places is None else np.asarray(places)
     if names.shape != (wanted,):
-        of_what = f"{wanted} pairs" if is_paired else f"{n_a} and {n_b} samples"
-        raise ValueError(f"places has {len(names)} names for {of_what}: wanted {wanted}, one per {'pair' if is_paired else 'sample'}")
+        of_what = f"{wanted} pairs" if paired else f"{n_a} and {n_b} samples"
+        raise ValueError(f"places has {len(names)} names for {of_what}: wanted {wanted}, one per {'pair' if paired else 'sample'}")
     found, index = np.unique(names, return_inverse=True)
     index = torch.from_numpy(index)
-    return Places(index[:n_a], index if is_paired else index[n_a:], len(found))
+    return Places(index[:n_a], index if paired else index[n_a:], len(found))
 
 # %% ../../nbs/42_divergence.ipynb #interval-code
 def resampled_moments(
@@ -259,14 +259,14 @@ def compare(
     b: Measured,  # at the same layers of the same model
     eps: float = 0.0,  # variance at or below which a channel is dead
     n_resamples: int = 0,  # above 0: `TRUST` of the `sample` estimator; both must have kept their samples
-    is_paired: bool = False,  # sample k of both streams shows the same place
+    paired: bool = False,  # sample k of both streams shows the same place
     seed: int = 0,  # of resamples, permutations and folds
     places: Sequence | None = None,  # name per pair, or per sample of A and then of B; see `find_places`
 ) -> pd.DataFrame:  # one row per estimator and layer
     "Make a table of the divergence of two streams."
     check_pair(a, b)
     table = tabulate(a, b, eps)
-    return add_trust(table, a, b, n_resamples, is_paired, places, seed, eps) if n_resamples else table
+    return add_trust(table, a, b, n_resamples, paired, places, seed, eps) if n_resamples else table
 
 
 def tabulate(a: Measured, b: Measured, eps: float = 0.0) -> pd.DataFrame:  # one row per estimator and layer
@@ -289,7 +289,7 @@ def add_trust(
     a: Measured,
     b: Measured,
     n_resamples: int,
-    is_paired: bool = False,
+    paired: bool = False,
     places: Sequence | None = None,
     seed: int = 0,
     eps: float = 0.0,
@@ -297,7 +297,7 @@ def add_trust(
     "Add interval, null, p-value and domain error to the rows of the `sample` estimator; NaN for the others."
     if "sample" not in a.moments or not (a.sample_means and b.sample_means):
         raise ValueError(f"estimators are {', '.join(a.moments)}: n_resamples requires sample among them, and measure(keep_samples=True)")
-    found = find_places(a.n_samples, b.n_samples, is_paired, places)
+    found = find_places(a.n_samples, b.n_samples, paired, places)
     sides = [torch.cat(m.sample_means).split(list(a.layers.values()), 1) for m in (a, b)]
     options = (found, n_resamples, seed, eps)
     for row in table.index[table.estimator == "sample"]:
@@ -315,7 +315,7 @@ def divergence(
     estimator: str | Sequence[str] = "sample",  # `sample`, `pixel`, `batch_mean(n)`, or several, computed in one pass
     eps: float = 0.0,  # variance at or below which a channel is dead
     n_resamples: int = 0,  # above 0, such as 200: `TRUST` for the `sample` estimator, at 4 bytes per sample and channel
-    is_paired: bool = False,  # sample k of both streams shows the same place
+    paired: bool = False,  # sample k of both streams shows the same place
     seed: int = 0,  # of resamples, permutations and folds
     channel_dim: int = 1,  # channel dimension of every layer; -1 for tokens `(B, N, C)`
     places: Sequence | None = None,  # name per pair, or per sample of A and then of B; see `find_places`
@@ -325,7 +325,7 @@ def divergence(
     options = (layers, estimators, n_resamples > 0, channel_dim)
     a = measure(model, batches_a, *options)
     b = measure(model, batches_b, *options, a.n_channels)
-    return compare(a, b, eps, n_resamples, is_paired, seed, places)
+    return compare(a, b, eps, n_resamples, paired, seed, places)
 
 # %% ../../nbs/42_divergence.ipynb #class-code
 def class_masks(
@@ -347,7 +347,7 @@ def divergence_by_class(
     layers: Layers | None = None,  # this and the following as in `divergence`
     eps: float = 0.0,
     n_resamples: int = 0,
-    is_paired: bool = False,
+    paired: bool = False,
     seed: int = 0,
     places: Sequence | None = None,
 ) -> pd.DataFrame:  # class, samples (of the stream with fewer), then the columns of `divergence`
@@ -357,7 +357,7 @@ def divergence_by_class(
     tables = []
     for name, own_a, own_b in zip(classes, a, b, strict=True):
         table = tabulate(own_a, own_b, eps)
-        table = add_trust(table, own_a, own_b, n_resamples, is_paired, places, seed, eps) if n_resamples else table
+        table = add_trust(table, own_a, own_b, n_resamples, paired, places, seed, eps) if n_resamples else table
         counts = torch.minimum(*(own.moments["sample"].count for own in (own_a, own_b)))
         samples = [int(layer[0]) for layer in counts.split(list(own_a.layers.values()))]
         tables.append(table.assign(**{"class": name, "samples": samples}))

@@ -35,7 +35,7 @@ def _notebook_parameters(
     return {k: ast.literal_eval(p["default"]) for k, p in inspect_notebook(str(table_notebook(name))).items()}
 
 
-def _made_of(
+def _inputs_hash(
     name: str,  # of a table
     parameters: dict,
     results: list,  # that it uses
@@ -51,7 +51,7 @@ def _made_of(
     return hashlib.blake2b(b"".join(content), digest_size=16).hexdigest()
 
 
-def _is_current(name: str, origin: str, out: Path) -> bool:
+def _is_up_to_date(name: str, origin: str, out: Path) -> bool:
     "Return True if the executed notebook has the same inputs and all its output files exist."
     try:
         known = json.loads((out / f"{name}.ipynb").read_text())["metadata"]["agrivision_repro"]
@@ -63,7 +63,7 @@ def _is_current(name: str, origin: str, out: Path) -> bool:
 def _run_notebook(
     name: str,  # of a table
     parameters: dict,
-    origin: str,  # of `_made_of`
+    origin: str,  # of `_inputs_hash`
     out: Path,
 ) -> str:  # error message; "": none
     "Execute a table notebook into `out`; a failed one is saved up to its error."
@@ -101,8 +101,8 @@ def _run_notebooks(
     from agrivision_repro.core import worker_pool
 
     out.mkdir(parents=True, exist_ok=True)
-    origins = {name: _made_of(name, parameters[name], results[name]) for name in parameters}
-    todo = [name for name in parameters if not _is_current(name, origins[name], out)]
+    origins = {name: _inputs_hash(name, parameters[name], results[name]) for name in parameters}
+    todo = [name for name in parameters if not _is_up_to_date(name, origins[name], out)]
     errors = {}
     with tqdm(total=len(todo), desc="notebooks", leave=False) as bar:
         for names in ([n for n in todo if n != "claims"], [n for n in todo if n == "claims"]):
@@ -146,7 +146,7 @@ def reproduce(
     common = {"scale": scale, "data": data, "seeds": _read_seeds(seeds), **workspace.places()}
     runs, parameters = _plan_tables(names, common, parameter or [])
     if scale == "paper" and not ray:
-        _refuse_hopeless(runs, workspace)
+        _check_can_run(runs, workspace)
     failures = _train_all(runs, workspace, ray)
     results = {name: [] if name in failures else workspace.results(runs[name]) for name in names}
     failures |= _run_notebooks({name: own for name, own in parameters.items() if name not in failures}, results, workspace.out)
@@ -197,7 +197,7 @@ def _train_all(
     return {name: f"its run {run.title} failed: {failed[run]}" for name, own in runs.items() for run in own if run in failed}
 
 
-def _refuse_hopeless(runs: dict[str, list], workspace) -> None:
+def _check_can_run(runs: dict[str, list], workspace) -> None:
     "Check that the data and a GPU are available; if not, print the plan and raise ValueError naming what is missing."
     from agrivision_repro.runs.plan import estimate, measure_data
 

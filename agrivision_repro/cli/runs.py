@@ -53,13 +53,13 @@ def train(
     try:
         result = workspace.result(run)
     finally:
-        _leave_processes()
+        _destroy_process_group()
     if os.environ.get("RANK", "0") == "0":
         means = {c: ", ".join(f"{m} {100 * s['mean']:.1f} %" for m, s in by.items()) for c, by in result.scores.items()}
         print(f"{result.folder}: {run.title}", *(f"  tested on {c}, mean over classes: {shown}" for c, shown in means.items()), sep="\n")
 
 
-def _leave_processes() -> None:
+def _destroy_process_group() -> None:
     "Destroy the process group, if there is one."
     from torch import distributed
 

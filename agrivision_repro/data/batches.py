@@ -26,8 +26,9 @@ from .tiles import Tile
 # %% auto #0
 __all__ = ['CHANNELS', 'IMAGENET', 'TURNS', 'INVERSE', 'AS_IT_IS', 'AUGMENTATIONS', 'SAMPLERS', 'Statistics',
            'dataset_statistics', 'reserve', 'select_channels', 'turn', 'draw_view', 'zoom_and_shift', 'Sample',
-           'rare_class_weights', 'draw_order', 'SampleStream', 'Batch', 'multi_hot', 'look', 'make_batch', 'Feed',
-           'read_ahead', 'collate', 'copy_planes', 'training_loader', 'scoring_loader', 'thin_out', 'whole_tile']
+           'rare_class_weights', 'draw_order', 'SampleStream', 'Batch', 'multi_hot', 'look', 'make_batch',
+           'TileDataset', 'read_ahead', 'collate', 'copy_planes', 'training_loader', 'scoring_loader', 'thin_out',
+           'whole_tile']
 
 # %% ../../nbs/16_batches.ipynb #cell-05
 CHANNELS = {"rgb": (0, 1, 2), "nir3": (3, 3, 3), "rgbn": (0, 1, 2, 3), "rgbr": (0, 1, 2, 0)}
@@ -248,7 +249,7 @@ def make_batch(
 
 # %% ../../nbs/16_batches.ipynb #cell-28
 @dataclass(frozen=True)
-class Feed:
+class TileDataset:
     "Tiles and the settings that turn them into model input."
 
     tiles: Sequence[Tile]

@@ -54,11 +54,11 @@ class Fault:
 
 
 @dataclass
-class Census:
+class SplitStatistics:
     "Counts over the valid pixels of a set of tiles."
 
     classes: tuple[str, ...]
-    is_labelled: bool = True  # False: the classes were never published
+    labeled: bool = True  # False: the classes were never published
     n_tiles: int = 0
     fields: set[str] = field(default_factory=set)
     sizes: Counter = field(default_factory=Counter)  # (height, width) → tiles
@@ -70,7 +70,7 @@ class Census:
     sums: np.ndarray | int = 0  # of the bytes of R, G, B, NIR, `(4,)` int64
     squares: np.ndarray | int = 0  # of their squares
 
-    def add(self, other: Census) -> None:
+    def add(self, other: SplitStatistics) -> None:
         "Add the counts of another set."
         for name in ("n_tiles", "n_pixels", "n_valid", "n_overlapping", "pixels", "tiles", "sums", "squares"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -102,14 +102,14 @@ def mean_and_std(
 def count_tile(
     tile: Tile,
     classes: tuple[str, ...],  # background first
-    is_labelled: bool = True,
-) -> Census:
+    labeled: bool = True,
+) -> SplitStatistics:
     "Count the pixels of one tile."
     masks = unpack_labels(tile.labels, len(classes)) & tile.valid
     pixels, values = masks.sum((1, 2)), np.arange(256)
     histogram = np.stack([np.bincount(channel[tile.valid], minlength=256) for channel in tile.image])
-    return Census(
-        classes, is_labelled, 1, set(), Counter([tile.labels.shape]), tile.valid.size, int(tile.valid.sum()),
+    return SplitStatistics(
+        classes, labeled, 1, set(), Counter([tile.labels.shape]), tile.valid.size, int(tile.valid.sum()),
         int((masks[1:].sum(0) > 1).sum()), pixels, (pixels > 0).astype(np.int64), histogram @ values, histogram @ values**2,
     )  # fmt: skip
 
@@ -144,7 +144,7 @@ class TileReport:
 
     name: str
     faults: tuple[Fault, ...]
-    census: Census | None  # None if a fault prevents reading the tile
+    census: SplitStatistics | None  # None if a fault prevents reading the tile
     digest: str  # of its first file: equal for equal images
     details: np.ndarray | None = None  # of `thumbnail`; None like `census`
 
@@ -174,7 +174,7 @@ def check_tile(tiles: Tiles, name: str) -> TileReport:
     census = details = None
     if is_whole:
         tile = tiles.assemble(name, parts)
-        census, details = count_tile(tile, tiles.classes, tiles.is_labelled), thumbnail(tile)
+        census, details = count_tile(tile, tiles.classes, tiles.labeled), thumbnail(tile)
         census.fields = {tiles.field(name)}
     if census is not None and not census.n_valid:
         faults.append(Fault("no valid pixel", name, f"{name} has no valid pixel: it is used neither for training nor for scoring"))
@@ -187,7 +187,7 @@ def check_tile(tiles: Tiles, name: str) -> TileReport:
 class SplitReport:
     "Counts and faults of a split."
 
-    census: Census
+    census: SplitStatistics
     faults: list[Fault] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)  # tile → digest of its first file
     details: dict[str, np.ndarray] = field(default_factory=dict)  # tile → details of `thumbnail`, of the tiles that can be read
@@ -199,7 +199,7 @@ def _check_split(
     shows_progress: bool = False,  # a progress bar on stderr
 ) -> SplitReport:
     "Check every tile of a split, several at a time."
-    report, check = SplitReport(Census(tiles.classes, tiles.is_labelled)), partial(check_tile, tiles)
+    report, check = SplitReport(SplitStatistics(tiles.classes, tiles.labeled)), partial(check_tile, tiles)
     with worker_pool(n_workers) as pool:
         found = pool.map(check, tiles.names, chunksize=16) if pool else map(check, tiles.names)
         bar = tqdm(found, f"checking {tiles.split}", len(tiles.names), unit="tile", disable=not shows_progress)
@@ -286,7 +286,7 @@ class CheckReport:
 
     edition: str
     root: str
-    splits: dict[str, Census]
+    splits: dict[str, SplitStatistics]
     faults: tuple[Fault, ...]
 
     @property
@@ -298,7 +298,7 @@ class CheckReport:
         "Return the report as plain numbers and strings."
         splits = {}
         for split, census in self.splits.items():
-            classes = census.class_table().to_dict("index") if census.is_labelled else None
+            classes = census.class_table().to_dict("index") if census.labeled else None
             splits[split] = {
                 "tiles": census.n_tiles, "fields": len(census.fields), "pixels": census.n_pixels, "valid": census.n_valid,
                 "overlapping": census.n_overlapping, "sizes": {f"{h}x{w}": n for (h, w), n in census.sizes.items()},
@@ -315,7 +315,7 @@ class CheckReport:
             valid, overlap = (100 * n / max(d, 1) for n, d in ((census.n_valid, census.n_pixels), (census.n_overlapping, census.n_valid)))
             lines += ["", f"{split}: {census.n_tiles} tiles of {sizes} pixels, {len(census.fields)} fields, {valid:.1f} % valid"]
             labelled = [census.class_table().to_string(), f"{overlap:.2f} % of the valid pixels in two classes or more"]
-            lines += labelled if census.is_labelled else ["without labels"]
+            lines += labelled if census.labeled else ["without labels"]
         lines += [""] + [f"{fault.kind}: {fault.message}" for fault in self.faults]
         verdict = "the tables can be trusted" if self.is_trustworthy else "the tables could NOT be trusted"
         n_harmless = sum(fault.kind in _HARMLESS for fault in self.faults)

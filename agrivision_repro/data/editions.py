@@ -68,8 +68,8 @@ class AgricultureVision(Tiles):
 
     def find_names(self) -> list[str]:
         homes, found = self.find_homes(), {}
-        self.is_labelled = self.split not in self.unlabelled
-        self.label_roles = self.classes[1:] if self.is_labelled else ()
+        self.labeled = self.split not in self.unlabelled
+        self.label_roles = self.classes[1:] if self.labeled else ()
         needed = [f"{self.images}/rgb", f"{self.images}/nir", *(f"{self.labels}/{c}" for c in self.label_roles)]
         need_folders(self.root, [f"{home.relative_to(self.root)}/{f}" for home in homes for f in needed], self.layout)
         for home in homes:

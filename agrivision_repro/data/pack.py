@@ -125,7 +125,7 @@ class PackedTiles(Sequence):
 
     def describe(self, index: dict) -> None:
         "Set the attributes from an index."
-        self.split, self.classes, self.is_labelled = index["split"], tuple(index["classes"]), index["is_labelled"]
+        self.split, self.classes, self.labeled = index["split"], tuple(index["classes"]), index["labeled"]
         self.shape, self.dtype, self.fingerprint = tuple(index["shape"]), np.dtype(index["dtype"]), index["fingerprint"]
         self.names = [tile["name"] for tile in index["tiles"]]
         self.fields = [tile["field"] for tile in index["tiles"]]  # that each tile was cut from
@@ -231,7 +231,7 @@ def start_pack(tiles: Tiles, folder: Path) -> dict:  # the index without its til
     first = tiles[0]
     dtype, shape = _code_type(tiles.classes), first.labels.shape
     plan = {
-        "split": tiles.split, "classes": list(tiles.classes), "is_labelled": tiles.is_labelled,
+        "split": tiles.split, "classes": list(tiles.classes), "labeled": tiles.labeled,
         "shape": list(shape), "dtype": dtype.name, "names": list(tiles.names),
     }  # fmt: skip
     with suppress(OSError, ValueError):  # missing, or incomplete because its process was killed

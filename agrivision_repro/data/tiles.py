@@ -131,7 +131,7 @@ class Tiles(Sequence):
 
     is_by_field = False  # True where a tile's name is FIELD_x1-y1-x2-y2
     shares_places = False  # True where the published splits show the same places at different times
-    is_labelled = True
+    labeled = True
     binary_roles: tuple[str, ...] = ()  # files that may contain only 0 and 255
 
     def __init__(

@@ -16,7 +16,7 @@ from .backbones import create_backbone
 
 # %% auto #0
 __all__ = ['ASPP_RATES', 'conv_norm_relu', 'resize', 'Decoder', 'PooledBatchNorm2d', 'make_aspp', 'DeepLabV3Plus',
-           'initialise_head', 'count_gmacs']
+           'initialize_head', 'count_gmacs']
 
 # %% ../../nbs/24_deeplab.ipynb #cell-05
 ASPP_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}  # output stride → dilations (authors' aspp.py)
@@ -106,7 +106,7 @@ class DeepLabV3Plus(nn.Module):
         self.low_level = low_level
         self.aspp = make_aspp(backbone.num_features, ASPP_RATES[output_stride], int(256 * width))
         self.decoder = Decoder(tuple(stages[:low_level]), n_classes, width)
-        initialise_head(self)  # before the backbone is added: it has its own initialization
+        initialize_head(self)  # before the backbone is added: it has its own initialization
         self.backbone = backbone
 
     def forward(self, x: Tensor) -> Tensor:  # `(B, in_chans, H, W)` to logits `(B, n_classes, H, W)`
@@ -120,7 +120,7 @@ class DeepLabV3Plus(nn.Module):
         return resize(logits, x.shape[-2:])
 
 # %% ../../nbs/24_deeplab.ipynb #cell-10
-def initialise_head(
+def initialize_head(
     model: nn.Module,  # changed in place
 ) -> None:
     "Initialize convolutions from He's normal distribution over the fan-in; norms keep 1 and 0 (authors' `aspp.py`, `decoder.py`)."

@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 # %% auto #0
-__all__ = ['Pool', 'PARTS', 'PixelMoments', 'AffineMap', 'normalise', 'pool_moments', 'SumOverProcesses', 'pool_batch',
+__all__ = ['Pool', 'PARTS', 'PixelMoments', 'AffineMap', 'normalize', 'pool_moments', 'SumOverProcesses', 'pool_batch',
            'InstanceBatchNorm2d', 'batch_moments', 'SwitchNorm2d', 'blend', 'SyncedBatchNorm2d', 'sync_norms',
            'recalibrate']
 
@@ -60,7 +60,7 @@ class AffineMap(Function):
 Pool = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # mean and variance `(B, C)` to pooled ones that broadcast to `(B, C)`
 
 
-def normalise(
+def normalize(
     x: Tensor,  # `(B, C, H, W)`
     pool: Pool,  # returns the moments to normalize by
     weight: Tensor,  # gamma, `(C,)`
@@ -136,7 +136,7 @@ class InstanceBatchNorm2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # `(B, C, H, W)` to the same
         pool = partial(self.pool, n_pixels=x.shape[2:].numel())
         weight, bias = (torch.cat([getattr(self.IN, name), getattr(self.BN, name)]) for name in ("weight", "bias"))
-        return normalise(x, pool, weight, bias, self.BN.eps)
+        return normalize(x, pool, weight, bias, self.BN.eps)
 
     def pool(self, mean: Tensor, variance: Tensor, n_pixels: int) -> tuple[Tensor, Tensor]:
         "Keep the first half's moments; pool the second half's over the batch."
@@ -195,7 +195,7 @@ class SwitchNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # `(B, C, H, W)` to the same
         pool = partial(self.pool, n_pixels=x.shape[2:].numel())
-        return normalise(x, pool, self.weight.flatten(), self.bias.flatten(), self.eps)
+        return normalize(x, pool, self.weight.flatten(), self.bias.flatten(), self.eps)
 
     def pool(self, mean: Tensor, variance: Tensor, n_pixels: int) -> tuple[Tensor, Tensor]:  # `(B, C)` each
         "Blend the instance, layer and batch moments."
@@ -230,12 +230,12 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         pool = partial(batch_moments, self, n_pixels=x.shape[2:].numel(), sync=True)
-        return normalise(x, pool, self.weight, self.bias, self.eps)
+        return normalize(x, pool, self.weight, self.bias, self.eps)
 
 
 def sync_norms(
     model: nn.Module,  # changed in place; its state dict keys stay the same
-    is_switch_synced: bool = False,  # also SwitchNorm2d, which the authors do not synchronize
+    sync_switch: bool = False,  # also SwitchNorm2d, which the authors do not synchronize
 ) -> nn.Module:
     "Make batch norm, and the batch half of IBN-a, pool their moments over all processes."
     for module in model.modules():
@@ -244,7 +244,7 @@ def sync_norms(
         elif isinstance(module, InstanceBatchNorm2d):
             module.sync = True
         elif isinstance(module, SwitchNorm2d):
-            module.sync = is_switch_synced
+            module.sync = sync_switch
     return model
 
 # %% ../../nbs/20_norms.ipynb #04a960a2

@@ -28,7 +28,7 @@ def banner_text(
     what = (
         f"{recipe.iterations:,} iterations (paper: {paper.iterations:,}) of batch {recipe.batch_size}, "
         f"{f'{recipe.crop}² crops' if recipe.crop else 'whole tiles'}, width × {recipe.width:g}, "
-        f"{'ImageNet start' if recipe.is_pretrained else 'random start'}."
+        f"{'ImageNet start' if recipe.pretrained else 'random start'}."
     )
     if run.edition.is_papers and recipe == paper:
         return f"**The paper's data and schedule.** {what}"
@@ -48,7 +48,7 @@ def spread(values: Sequence[float]) -> float:  # NaN for one value
     return float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
 
 
-def show_score(mean: float, sd: float = float("nan")) -> str:
+def format_score(mean: float, sd: float = float("nan")) -> str:
     "Format a score with one decimal, with its spread if there is one."
     if np.isnan(mean):
         return "–"

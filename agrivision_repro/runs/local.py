@@ -17,7 +17,7 @@ from typing import Any
 from accelerate.tracking import GeneralTracker
 from tqdm import tqdm
 
-from agrivision_repro.core import Stopped, hear_signals
+from agrivision_repro.core import Stopped, defer_signals
 from agrivision_repro.runs.cluster import Interrupted, Outcome, in_one_line, outcome_of, train_one, work_of
 from agrivision_repro.runs.run import Run
 from agrivision_repro.runs.workspace import Workspace
@@ -146,7 +146,7 @@ def _train_side_by_side(
     if hasattr(context, "set_forkserver_preload"):
         context.set_forkserver_preload(["agrivision_repro.machine"])  # import PyTorch once
     shown = {"bar_format": _BAR, "smoothing": 0, "dynamic_ncols": True, "leave": False, "desc": f"0 of {len(runs)} runs done"}
-    with tqdm(total=sum(map(work_of, runs)), **shown) as bar, hear_signals() as came:
+    with tqdm(total=sum(map(work_of, runs)), **shown) as bar, defer_signals() as came:
         queue = Queue(runs, partial(_start_alone, context, workspace, n_threads), bar)
         try:
             while queue.waiting or queue.under_way:

@@ -30,14 +30,14 @@ from agrivision_repro.training.loop import Trainer
 from agrivision_repro.training.schedule import Recipe
 
 
-class Extent(NamedTuple):
+class DataSize(NamedTuple):
     "The size of a data set, as far as it determines the cost of a Run."
 
     side: int  # of a tile, pixels
     n_val: int  # validation tiles
 
 
-PAPERS_DATA = Extent(512, 4_431)  # Agriculture-Vision 2020 (§4; challenge README)
+PAPERS_DATA = DataSize(512, 4_431)  # Agriculture-Vision 2020 (§4; challenge README)
 
 
 def _tiles_left(
@@ -56,7 +56,7 @@ def kind_of(run: Run) -> Run:
     "Return the Run with fixed values in all fields that do not change the cost of a tile."
     old = run.recipe
     shape = {"batch_size": old.batch_size, "parts": old.parts, "crop": old.crop, "width": old.width}
-    recipe = Recipe(1, 1_000, 0, is_pretrained=False, **shape)  # long enough to time, too short to be compiled
+    recipe = Recipe(1, 1_000, 0, pretrained=False, **shape)  # long enough to time, too short to be compiled
     channels = "rgb" if len(CHANNELS[run.channels]) == 3 else "rgbn"
     alike = {"farm": None, "seed": 0, "statistics": "imagenet", "dice": float(run.dice > 0), "lovasz": float(run.lovasz > 0)}
     return replace(run, recipe=recipe, channels=channels, **alike)
@@ -73,7 +73,7 @@ def gmacs_of(
     return count_gmacs(model, (1, len(CHANNELS[kind.channels]), side, side))
 
 
-class Pace(NamedTuple):
+class Throughput(NamedTuple):
     "The speed of a kind of Run."
 
     train: float  # seconds per tile
@@ -109,7 +109,7 @@ def time_steps(
     side: int,  # of the training input, pixels
     engine: Engine,
     seconds: float = 5.0,  # after which no larger batch is tried
-) -> Pace:
+) -> Throughput:
     "Time training steps and forward passes, on as many tiles as time and memory allow."
     trainer = Trainer(build_model(kind), build_loss(kind), replace(kind.recipe, parts=1), 0, engine)
     n_part, n_tiles, pace, began = kind.recipe.batch_size // kind.recipe.parts, 1, None, time.perf_counter()
@@ -125,7 +125,7 @@ def time_steps(
             if pace is None:
                 raise ValueError(f"one tile of {side}² does not fit into device memory: use a larger device, or --device cpu") from error
             return pace._replace(is_full=False)
-        pace = Pace(train, score, n_tiles, True)
+        pace = Throughput(train, score, n_tiles, True)
         if n_tiles == n_part or time.perf_counter() - began > seconds:
             return pace
         n_tiles = min(2 * n_tiles, n_part)
@@ -135,7 +135,7 @@ def _pace_all(
     kinds: dict[tuple[Run, int], int],  # kind and side → number of its Runs
     engine: Engine,
     seconds: float = 20.0,  # for all kinds together; the first kind is always timed
-) -> dict[tuple[Run, int], Pace]:
+) -> dict[tuple[Run, int], Throughput]:
     "Time kinds of Runs within a time budget, and scale the others by their multiply-adds."
     began, paces = time.perf_counter(), {}
     for key in sorted(kinds, key=lambda key: (kinds[key], gmacs_of(*key)), reverse=True):
@@ -147,7 +147,7 @@ def _pace_all(
         if key not in timed:
             near = min(timed, key=lambda other: abs(gmacs_of(*other) - gmacs_of(*key)))  # noqa: B023 used at once
             ratio = gmacs_of(*key) / gmacs_of(*near)
-            paces[key] = Pace(timed[near].train * ratio, timed[near].score * ratio, 0, timed[near].is_full)
+            paces[key] = Throughput(timed[near].train * ratio, timed[near].score * ratio, 0, timed[near].is_full)
     return paces
 
 
@@ -163,15 +163,15 @@ def _find_data(run: Run, workspace: Workspace) -> Path:
     raise FileNotFoundError("the synthetic tiles do not exist yet: the first run generates them")
 
 
-def measure_data(run: Run, workspace: Workspace) -> tuple[Extent, str]:  # and what is missing; "": nothing
+def measure_data(run: Run, workspace: Workspace) -> tuple[DataSize, str]:  # and what is missing; "": nothing
     "Return size and number of the tiles of a Run's data; if the data is missing, those of its description or the paper."
     try:
         tiles = open_split(run.data, _find_data(run, workspace), "val")
-        return Extent(max(tiles[0].labels.shape), len(tiles)), ""
+        return DataSize(max(tiles[0].labels.shape), len(tiles)), ""
     except (ValueError, OSError) as error:
         if run.farm is None:
             return PAPERS_DATA, f"{error}; planned with the paper's sizes: 512² tiles, 4,431 of them to score"
-        return Extent(run.farm.size, run.farm.val_fields * run.farm.tiles_per_field), str(error)
+        return DataSize(run.farm.size, run.farm.val_fields * run.farm.tiles_per_field), str(error)
 
 
 def _find_folder(
@@ -231,7 +231,7 @@ def name_runs(runs: Sequence[Run]) -> list[str]:
     return names
 
 
-def _show_hours(hours: float) -> str:
+def _format_hours(hours: float) -> str:
     "Format a time span in a suitable unit."
     if hours >= 1:
         return f"{hours:,.0f} h" if hours >= 10 else f"{hours:.1f} h"
@@ -253,12 +253,12 @@ class Plan:
 
     def as_text(self, n_devices: int = 8, n_rows: int = 16) -> str:
         "Format the plan for a terminal, with times for 1, 2, 4, … up to `n_devices` devices."
-        shown = self.table.head(n_rows).assign(hours=self.table.hours.map(_show_hours)).rename(columns={"hours": "time"})
+        shown = self.table.head(n_rows).assign(hours=self.table.hours.map(_format_hours)).rename(columns={"hours": "time"})
         formats = {"iterations": "{:,}".format, "GMACs": "{:,.3g}".format, "tiles/s": "{:,.3g}".format}
         more = [f"… and {len(self.table) - n_rows} more"] if len(self.table) > n_rows else []
         n_open = int((self.table.state != "finished").sum())
         counts = sorted({2**k for k in range(n_devices.bit_length())} | {n_devices})
-        spans = [f"{n} devices {_show_hours(self.hours(n))}" for n in counts if n <= max(n_open, 1)]
+        spans = [f"{n} devices {_format_hours(self.hours(n))}" for n in counts if n <= max(n_open, 1)]
         lines = [
             f"{len(self.table)} Runs, {len(self.table) - n_open} finished; timed on {self.device}, {self.precision}",
             "", shown.to_string(index=False, formatters=formats), *more,
@@ -304,7 +304,7 @@ def progress(run: Run, folder: Path | None) -> dict:  # state and remaining iter
     return {"state": f"saved at {done:,}" if done else "open", "iterations": run.recipe.iterations - done}
 
 
-def cost(run: Run, side: int, extent: Extent, row: dict, pace: Pace | None) -> dict:  # new columns of the row
+def cost(run: Run, side: int, extent: DataSize, row: dict, pace: Throughput | None) -> dict:  # new columns of the row
     "Compute the hours of a Run, and the tiles per second that its loader must deliver, from a pace."
     if row["state"] == "finished" or pace is None:
         return {"hours": 0.0, "tiles/s": 0.0, "by": "–"}
@@ -313,10 +313,10 @@ def cost(run: Run, side: int, extent: Extent, row: dict, pace: Pace | None) -> d
     return {"hours": seconds / 3600, "tiles/s": 1 / pace.train, "by": "timing" if pace.n_tiles else "GMACs"}
 
 
-def _list_notes(runs: Sequence[Run], engine: Engine, paces: Sequence[Pace]) -> list[str]:
+def _list_notes(runs: Sequence[Run], engine: Engine, paces: Sequence[Throughput]) -> list[str]:
     "List the missing files for the Runs of a plan, and the basis of its estimates."
     notes = []
-    urls = {IMAGENET_URLS[run.depth, run.norm] for run in runs if run.recipe.is_pretrained and (run.depth, run.norm) in IMAGENET_URLS}
+    urls = {IMAGENET_URLS[run.depth, run.norm] for run in runs if run.recipe.pretrained and (run.depth, run.norm) in IMAGENET_URLS}
     files = sorted(url.rsplit("/", 1)[1] for url in urls)
     absent = [name for name in files if not (Path(torch.hub.get_dir()) / "checkpoints" / name).is_file()]
     if absent:

@@ -39,21 +39,21 @@ class Scale:
 SCALES = {
     "smoke": Scale(  # seconds: checks that everything runs; nothing is learned
         Recipe(
-            1, 3, 6, lr=0.03, batch_size=4, crop=32, width=1 / 16, is_pretrained=False,
+            1, 3, 6, lr=0.03, batch_size=4, crop=32, width=1 / 16, pretrained=False,
             recalibrate=4, evaluate_every=5, max_val_tiles=4,
         ),
         Farmland(size=64, train_fields=2, val_fields=1, test_fields=1),
     ),
     "laptop": Scale(  # about a minute per run with two runs in parallel on two cores
         Recipe(
-            60, 70, 170, lr=0.2, batch_size=8, crop=128, width=1 / 4, is_pretrained=False,
+            60, 70, 170, lr=0.2, batch_size=8, crop=128, width=1 / 4, pretrained=False,
             recalibrate=64, evaluate_every=500, max_val_tiles=96,
         ),
         Farmland(size=128, train_fields=80, val_fields=48, test_fields=1),
         {"synthetic": {"warmup": 100, "constant": 117, "decay": 283, "lr": 0.4, "crop": 96}},
     ),
     "workstation": Scale(  # minutes per run on one GPU; not tuned
-        Recipe(600, 700, 1_700, lr=0.05, batch_size=16, crop=128, is_pretrained=False, recalibrate=256, evaluate_every=1_000),
+        Recipe(600, 700, 1_700, lr=0.05, batch_size=16, crop=128, pretrained=False, recalibrate=256, evaluate_every=1_000),
         Farmland(size=256, train_fields=200, val_fields=60, test_fields=2),
     ),
     "paper": Scale(Recipe(), Farmland(size=512, train_fields=400, val_fields=100, test_fields=10)),
@@ -86,7 +86,7 @@ class Run:
     low_level: int = 1  # low-level feature maps in the decoder
     output_stride: int = 16
     multigrid: bool = True  # dilate layer 4's blocks by 1, 2 and 4 times the rest
-    is_switch_synced: bool = False  # with several processes, compute SwitchNorm's batch moments over all of them
+    sync_switch: bool = False  # with several processes, compute SwitchNorm's batch moments over all of them
     shared_places: str = "val"  # the split without the tiles of places in both, `val` or `train`; "keep": neither
     seed: int = 0
 
@@ -139,7 +139,7 @@ def build_model(run: Run) -> DeepLabV3Plus:
     torch.manual_seed(run.seed)
     return DeepLabV3Plus(
         len(run.edition.classes), run.depth, run.norm, len(CHANNELS[run.channels]), run.output_stride,
-        run.low_level, run.recipe.width, run.recipe.is_pretrained, run.multigrid,
+        run.low_level, run.recipe.width, run.recipe.pretrained, run.multigrid,
     )  # fmt: skip
 
 

@@ -99,7 +99,7 @@ class Result:
     ) -> DeepLabV3Plus:
         "Load the trained model, in evaluation mode, on the CPU."
         check_choice("checkpoint", checkpoint, tuple(CHECKPOINTS))
-        run = replace(self.run, recipe=replace(self.run.recipe, is_pretrained=False))  # the trained weights are loaded below
+        run = replace(self.run, recipe=replace(self.run.recipe, pretrained=False))  # the trained weights are loaded below
         model = build_model(run)
         model.load_state_dict(read_tensors(self.folder / CHECKPOINTS[checkpoint])[0])
         return model.eval()
@@ -171,7 +171,7 @@ def is_held(path: Path) -> bool:
         return True
 
 
-def _show_age(seconds: float) -> str:
+def _format_age(seconds: float) -> str:
     "Format a time span in its largest unit."
     for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= size:
@@ -200,7 +200,7 @@ def row_of(path: Path) -> dict:  # column → value
 
     return {
         "id": folder.name, "title": record["title"], "data": record["run"]["data"], "state": _progress_of(folder, record),
-        "age": _show_age(time.time() - path.stat().st_mtime), "mIoU, %": means("multilabel"), "AP, %": means("average_precision"),
+        "age": _format_age(time.time() - path.stat().st_mtime), "mIoU, %": means("multilabel"), "AP, %": means("average_precision"),
         "device": record["device"], "commit": record["commit"][:10] + (" + changes" if record["is_dirty"] else ""),
     }  # fmt: skip
 

@@ -20,7 +20,7 @@ from torch.utils.data import Subset
 
 import agrivision_repro
 from agrivision_repro.core import Stopped, check_choice, read_json, replace_file, write_array, write_json
-from agrivision_repro.data.batches import IMAGENET, SAMPLERS, Feed, dataset_statistics, rare_class_weights, thin_out
+from agrivision_repro.data.batches import IMAGENET, SAMPLERS, TileDataset, dataset_statistics, rare_class_weights, thin_out
 from agrivision_repro.data.editions import fingerprint
 from agrivision_repro.data.pack import Counts, PackedTiles, count_tiles, open_split, pack_split
 from agrivision_repro.data.synthetic import Farmland, write_farmland
@@ -131,14 +131,14 @@ class Workspace:
         fields = self.open(run.data, run.farm, "val").fields
         return [fields[k] for k in thin_out(self.kept(run, "val"), run.recipe.max_val_tiles)]
 
-    def feed(self, run: Run, split: str, channels: str = "") -> Feed:
+    def feed(self, run: Run, split: str, channels: str = "") -> TileDataset:
         "Return the tiles with everything that determines the model's input; `channels` replaces the Run's for testing."
         check_choice("statistics", run.statistics, ("imagenet", "dataset"))
         check_choice("sampler", run.recipe.sampler, SAMPLERS)
         own = dataset_statistics(self.counts(run.data, run.farm)) if run.statistics == "dataset" else IMAGENET
         is_rare = run.recipe.sampler == "rare" and split == "train"
         weights = rare_class_weights(self.counts(run.data, run.farm))[self.kept(run, split)] if is_rare else None
-        return Feed(self.tiles(run, split), channels or run.channels, len(run.edition.classes), own, weights)
+        return TileDataset(self.tiles(run, split), channels or run.channels, len(run.edition.classes), own, weights)
 
     def counts(self, data: str, farm: Farmland | None) -> Counts:
         "Return the counts of the training tiles."
@@ -181,7 +181,7 @@ class Workspace:
 def _train_run(run: Run, workspace: Workspace, engine: Engine, folder: Path, title: str) -> None:
     "Train and score a Run and complete its folder; if it fails or is stopped, note that in its record."
     accelerator, began = engine.accelerator, time.monotonic()
-    trainer = Trainer(build_model(run), build_loss(run), run.recipe, run.seed, engine, run.is_switch_synced)
+    trainer = Trainer(build_model(run), build_loss(run), run.recipe, run.seed, engine, run.sync_switch)
     record = {"run": asdict(run), "title": run.title, **provenance(engine), "parts": trainer.n_parts, "speed": trainer.speed}
 
     def keep(**more: object) -> None:
@@ -206,7 +206,7 @@ def _train_run(run: Run, workspace: Workspace, engine: Engine, folder: Path, tit
 
 def _score_inputs(
     model: torch.nn.Module,
-    tests: dict[str, Feed],  # test input → tiles
+    tests: dict[str, TileDataset],  # test input → tiles
     engine: Engine,
     tta: str = "none",  # a key of `training.TTA`
 ) -> tuple[dict, np.ndarray]:  # test input → metric → per_class, mean, floor; counts of `read_tiles`
@@ -217,7 +217,7 @@ def _score_inputs(
 
 def _score_checkpoints(
     trainer: Trainer,  # its model is changed in place
-    tests: dict[str, Feed],  # test input → tiles
+    tests: dict[str, TileDataset],  # test input → tiles
     folder: Path,
     iterations: dict[str, int],  # checkpoint → its iteration, "last" first
 ) -> dict:  # the content of `scores.json`

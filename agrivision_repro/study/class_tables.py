@@ -18,19 +18,19 @@ from ..analysis.significance import Comparison, paired_bootstrap
 from ..data.batches import thin_out
 from ..data.tiles import Tile, unpack_labels
 from ..plots import CLASS_COLORS, draw_panel
-from ..report.render import show_score, spread
+from ..report.render import format_score, spread
 from ..runs.plan import PAPERS_DATA, gmacs_of, kind_of
 from ..runs.run import Run, build_model
 from ..runs.store import Result
 from ..runs.workspace import Workspace
-from .modality import METRIC, predict_labels, show_paper
+from .modality import METRIC, predict_labels, format_paper
 from .paper import CLASSES
 from ..training.evaluate import METRICS
 
 # %% auto #0
 __all__ = ['LIGHT', 'BACKBONE_PAIRS', 'LOSS_PAIRS', 'backbone_row', 'loss_row', 'gather', 'class_scores', 'class_table',
-           'size_table', 'verdict_of', 'compare', 'compare_rows', 'show_comparisons', 'show_most', 'draw_prediction',
-           'draw_figure3']
+           'size_table', 'verdict_of', 'compare', 'compare_rows', 'format_comparisons', 'select_most_visible',
+           'draw_prediction', 'draw_figure3']
 
 # %% ../../nbs/71_class_tables.ipynb #cell-05
 LIGHT = {"rgbn": "NRGB", "rgb": "RGB alone", "nir3": "NIR alone", "rgbr": "RGB with red repeated"}
@@ -93,11 +93,11 @@ def class_table(
         for group in groups:
             rows = [r for r in means.index if group in r and not r.startswith("+")]
             best.loc[rows] = (means.loc[rows] == means.loc[rows].max()) & (means.loc[rows].max() > means.loc[rows].min())
-        cells = own.assign(text=[show_score(m, s) for m, s in zip(own["mean"], own.sd, strict=True)])
+        cells = own.assign(text=[format_score(m, s) for m, s in zip(own["mean"], own.sd, strict=True)])
         text = cells.pivot_table(index="row", columns="class", values="text", aggfunc="first", sort=False)
         text = text.where(~best, "**" + text + "**").rename(columns=lambda c: "Mean" if c == "mean" else c.replace("_", " "))
         paper = own[own["class"] == "mean"].set_index("row").paper
-        text["Paper: mean IoU"] = [show_paper(v) for v in paper]
+        text["Paper: mean IoU"] = [format_paper(v) for v in paper]
         text["Gap"] = [f"{v:+.1f}" if is_papers and v == v else "–" for v in means["mean"] - paper]
         tables[METRIC[metric]] = text.rename_axis(index=None, columns=None)
     return pd.concat(tables)
@@ -150,7 +150,7 @@ def compare_rows(
     return pd.DataFrame(found, columns=["of", "against", "difference", "low", "high", "n", "verdict"])
 
 
-def show_comparisons(found: pd.DataFrame) -> pd.DataFrame:  # text cells
+def format_comparisons(found: pd.DataFrame) -> pd.DataFrame:  # text cells
     "Format comparisons for display."
     shown = [(f"{d:+.1f}", f"{low:+.1f} to {high:+.1f}") for d, low, high in zip(found.difference, found.low, found.high, strict=True)]
     table = pd.DataFrame(shown, columns=["difference, points", "95 % of resamples"], index=found["of"] + " against " + found["against"])
@@ -168,7 +168,7 @@ LOSS_PAIRS = (
 )  # fmt: skip
 
 # %% ../../nbs/71_class_tables.ipynb #cell-16
-def show_most(
+def select_most_visible(
     tiles: Sequence[Tile],
     n_classes: int,  # background included
 ) -> list[Tile]:  # one per class except background
@@ -193,7 +193,7 @@ def draw_figure3(result: Result, workspace: Workspace) -> Figure:
     "Draw Figure 3, one column per class."
     run, model = result.run, result.model()
     classes = run.edition.classes
-    tiles = show_most(thin_out(workspace.tiles(run, "val"), 500), len(classes))
+    tiles = select_most_visible(thin_out(workspace.tiles(run, "val"), 500), len(classes))
     fig, axes = plt.subplots(2, len(tiles), figsize=(1.55 * len(tiles) + 0.2, 3.5), dpi=100, squeeze=False, layout="constrained")
     for k, tile in enumerate(tiles, 1):
         predicted = unpack_labels(predict_labels(model, tile, run.channels, result.statistics), len(classes))[k]

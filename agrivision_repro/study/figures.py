@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..analysis.divergence import TRUST, divergence, divergence_by_class, draw_divergence
 from ..analysis.moments import batch_mean
 from ..core import replace_file
-from ..data.batches import Feed, scoring_loader
+from ..data.batches import TileDataset, scoring_loader
 from ..models.norms import SwitchNorm2d
 from ..plots import CURVE_COLORS
 from ..runs.store import Result
@@ -34,7 +34,7 @@ ESTIMATORS = ("sample", "pixel", batch_mean(2))
 MODALITIES = ("rgb", "nir3")
 
 
-def inputs_of(feed: Feed) -> Iterator[Tensor]:  # `(B, 3, H, W)`
+def inputs_of(feed: TileDataset) -> Iterator[Tensor]:  # `(B, 3, H, W)`
     "Yield the inputs of a model, without targets."
     return (batch.x for batch in scoring_loader(feed.tiles, prepare=feed.prepare("cpu")))
 
@@ -54,7 +54,7 @@ def run_divergence(
     path = result.folder / "divergence.csv"
     if read_divergence(path) is None:
         streams = (inputs_of(workspace.feed(result.run, "val", channels)) for channels in MODALITIES)
-        options = {"estimator": ESTIMATORS, "n_resamples": n_resamples, "is_paired": True, "places": workspace.fields(result.run)}
+        options = {"estimator": ESTIMATORS, "n_resamples": n_resamples, "paired": True, "places": workspace.fields(result.run)}
         table = divergence(result.model(), *streams, **options)
         replace_file(path, lambda fresh: table.to_csv(fresh, index=False))
     return read_divergence(path)
@@ -146,7 +146,7 @@ def class_divergence(
     feeds = (workspace.feed(result.run, "val", channels) for channels in MODALITIES)
     loaders = (scoring_loader(feed.tiles, prepare=feed.prepare("cpu")) for feed in feeds)
     a, b = (((batch.x, batch.targets, batch.valid) for batch in loader) for loader in loaders)
-    options = {"n_resamples": n_resamples, "is_paired": True, "places": workspace.fields(result.run)}
+    options = {"n_resamples": n_resamples, "paired": True, "places": workspace.fields(result.run)}
     return divergence_by_class(result.model(), a, b, result.run.edition.classes, **options)
 
 # %% ../../nbs/68_figures.ipynb #cell-15

@@ -13,7 +13,7 @@ from torch import nn
 from agrivision_repro.data.batches import IMAGENET, Statistics, select_channels, thin_out
 from agrivision_repro.data.tiles import Tile, as_panels, pack_labels, paint_labels, unpack_labels
 from agrivision_repro.plots import show_panels
-from agrivision_repro.report.render import show_score, spread
+from agrivision_repro.report.render import format_score, spread
 from agrivision_repro.runs.store import Result
 from agrivision_repro.runs.workspace import Workspace
 from agrivision_repro.study.paper import TABLE1
@@ -56,19 +56,19 @@ def modality_table(
             title, cells = METRIC[metric], own.loc[metric]
             other = next(m for m in MODALITY if m != trained)
             for tested in MODALITY:
-                here[title, f"Test on {MODALITY[tested]}"] = show_score(cells.loc[tested, "mean"], cells.loc[tested, "sd"])
-                papers[title, f"Test on {MODALITY[tested]}"] = show_paper(cells.loc[tested, "paper"])
-            here[title, "Perf. decay"] = show_score(cells.loc[trained, "mean"] - cells.loc[other, "mean"])
-            papers[title, "Perf. decay"] = show_paper(cells.loc[trained, "paper"] - cells.loc[other, "paper"])
+                here[title, f"Test on {MODALITY[tested]}"] = format_score(cells.loc[tested, "mean"], cells.loc[tested, "sd"])
+                papers[title, f"Test on {MODALITY[tested]}"] = format_paper(cells.loc[tested, "paper"])
+            here[title, "Perf. decay"] = format_score(cells.loc[trained, "mean"] - cells.loc[other, "mean"])
+            papers[title, "Perf. decay"] = format_paper(cells.loc[trained, "paper"] - cells.loc[other, "paper"])
             here[title, "Baseline: background everywhere"], papers[title, "Baseline: background everywhere"] = (
-                show_score(cells.loc[trained, "floor"]),
+                format_score(cells.loc[trained, "floor"]),
                 "–",
             )
         columns |= {f"Here: train on {name}": here, f"Paper: train on {name}": papers}
     return pd.DataFrame(columns)[sorted(columns, key=lambda name: str(name).startswith("Paper"))]
 
 
-def show_paper(value: float) -> str:
+def format_paper(value: float) -> str:
     "Format a number of the paper with its two decimals."
     return "–" if np.isnan(value) else f"{value:.2f}"
 

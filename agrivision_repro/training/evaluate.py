@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from agrivision_repro.data.batches import INVERSE, Feed, scoring_loader, turn
+from agrivision_repro.data.batches import INVERSE, TileDataset, scoring_loader, turn
 from agrivision_repro.metrics import AveragePrecision, ChallengeIoU, ClassMetric, MultilabelIoU
 from agrivision_repro.training.engine import Engine
 
@@ -26,7 +26,7 @@ TTA = {"none": (0,), "d4": tuple(range(8))}  # elements of D4 whose logits are a
 @torch.no_grad()
 def score_tiles(
     model: nn.Module,  # unwrapped: processes have different numbers of batches and must not synchronize
-    feed: Feed,
+    feed: TileDataset,
     engine: Engine,
     tta: str = "none",  # a key of `TTA`
 ) -> tuple[dict[str, dict], Tensor]:  # as `score`; multi-label intersection and union, pixels, `(N, C, 2)` int64, on the CPU
@@ -48,7 +48,7 @@ def score_tiles(
 
 def score(
     model: nn.Module,
-    feed: Feed,
+    feed: TileDataset,
     engine: Engine,
     tta: str = "none",  # a key of `TTA`
 ) -> dict[str, dict]:  # metric → `per_class` (None: absent), `mean`, `floor`

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
-from ..core import Stopped, hear_signals
-from ..data.batches import Batch, Feed, SampleStream, scoring_loader, thin_out, training_loader
+from ..core import Stopped, defer_signals
+from ..data.batches import Batch, TileDataset, SampleStream, scoring_loader, thin_out, training_loader
 from ..losses import HybridLoss
 from ..models.norms import recalibrate, sync_norms
 from .checkpoint import read_tensors, save_tensors
@@ -40,7 +40,7 @@ class Trainer:
         recipe: Recipe,
         seed: int,
         engine: Engine,
-        is_switch_synced: bool = False,  # pool SwitchNorm's batch moments over processes too, if there are several
+        sync_switch: bool = False,  # pool SwitchNorm's batch moments over processes too, if there are several
     ):
         self.recipe, self.seed, self.engine, self.loss = recipe, seed, engine, loss
         accelerator, n_processes = engine.accelerator, engine.accelerator.num_processes
@@ -49,7 +49,7 @@ class Trainer:
             raise ValueError(f"a batch in {recipe.parts} parts cannot be split over {n_processes} processes: choose a multiple")
         n_own = self.n_parts // n_processes
         self.parts = range(accelerator.process_index * n_own, (accelerator.process_index + 1) * n_own)
-        model = sync_norms(model, is_switch_synced) if n_processes > 1 else model
+        model = sync_norms(model, sync_switch) if n_processes > 1 else model
         self.speed = speed_up(model, engine.device, recipe.iterations)
         sgd = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
         self.model, self.optimizer = accelerator.prepare(model, sgd)
@@ -141,9 +141,9 @@ LOG_EVERY = 10  # iterations between reads of the loss, which synchronize the GP
 
 def fit(
     trainer: Trainer,  # fresh, or with a state loaded
-    feed: Feed,
+    feed: TileDataset,
     state: Path,  # file of the state; the best weights are saved beside it
-    validation: Feed | None = None,  # scored every `evaluate_every` iterations
+    validation: TileDataset | None = None,  # scored every `evaluate_every` iterations
     title: str = "",  # label of the progress bar
     save_every: int = SAVE_EVERY,  # iterations
 ) -> None:
@@ -155,7 +155,7 @@ def fit(
     counts = {"total": last * recipe.batch_size, "initial": trainer.iteration * recipe.batch_size, "unit": "tile"}
     shown = {"desc": title, "leave": False, "dynamic_ncols": True, "disable": not accelerator.is_main_process}
     trainer.model.train()
-    with hear_signals() as came, tqdm(**counts, **shown) as bar:
+    with defer_signals() as came, tqdm(**counts, **shown) as bar:
         for batches in zip(*[loader] * len(trainer.parts), strict=True):
             row = trainer.step(batches)
             signum = agree(came, trainer.engine)
@@ -182,7 +182,7 @@ def agree(came: list[int], engine: Engine) -> int:  # signal number; 0: none rec
     return int(engine.accelerator.gather(torch.tensor([signum], device=engine.device)).max())
 
 
-def recalibrate_norms(trainer: Trainer, feed: Feed) -> None:
+def recalibrate_norms(trainer: Trainer, feed: TileDataset) -> None:
     "Re-estimate the running statistics on whole, evenly spread training tiles, the same in every process."
     engine, tiles = trainer.engine, thin_out(feed.tiles, trainer.recipe.recalibrate)
     batches = scoring_loader(tiles, prepare=feed.prepare(engine.device))
@@ -211,7 +211,7 @@ def check_finite(trainer: Trainer, stream: SampleStream) -> None:
         )
 
 
-def evaluate(trainer: Trainer, validation: Feed, best: Path) -> None:
+def evaluate(trainer: Trainer, validation: TileDataset, best: Path) -> None:
     "Score the current model and save its weights if no earlier score was as high."
     if trainer.engine.accelerator.num_processes > 1:
         for buffer in trainer.bare_model.buffers():  # SwitchNorm's differ between processes: the first process's are saved, so score those

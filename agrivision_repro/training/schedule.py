@@ -16,7 +16,7 @@ from ..plots import CURVE_COLORS
 
 # %% auto #0
 __all__ = ['RECIPES', 'MARKS', 'SCHEDULE_ROWS', 'Recipe', 'learning_rate', 'choose_recipes', 'draw_learning_rates',
-           'schedule_numbers', 'schedule_table', 'show_number']
+           'schedule_numbers', 'schedule_table', 'format_number']
 
 # %% ../../nbs/50_schedule.ipynb #cell-05
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Recipe:
     augmentation: str = "d4"  # one of `batches.AUGMENTATIONS`
     sampler: str = "shuffle"  # one of `batches.SAMPLERS`
     width: float = 1.0  # scales the channels of backbone and head
-    is_pretrained: bool = True  # start the backbone from ImageNet
+    pretrained: bool = True  # start the backbone from ImageNet
     recalibrate: int = 0  # training tiles used to re-estimate all norms' running statistics at the end; 0: no re-estimation
     evaluate_every: int = 1_000  # iterations between evaluations on the validation tiles
     max_val_tiles: int = 0  # maximum number of tiles to score, evenly spread over the split; 0: all
@@ -134,10 +134,10 @@ def schedule_table(
     columns = {}
     for row in numbers.to_dict("records"):
         name = row.pop("recipe")
-        columns["Paper: §5" if name == "§5" else f"Here: {name}"] = {SCHEDULE_ROWS[key]: show_number(value) for key, value in row.items()}
+        columns["Paper: §5" if name == "§5" else f"Here: {name}"] = {SCHEDULE_ROWS[key]: format_number(value) for key, value in row.items()}
     return pd.DataFrame(columns)
 
 
-def show_number(value: float) -> str:
+def format_number(value: float) -> str:
     "Return a count in full or a rate with two digits; – for NaN."
     return "–" if value != value else f"{value:,.0f}" if value >= 1 else f"{value:.2g}"

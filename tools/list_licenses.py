@@ -1,6 +1,6 @@
-"""Write the license of every run-time dependency, from its metadata, between the two markers in LICENCES.md.
+"""Write the license of every run-time dependency, from its metadata, between the two markers in THIRD_PARTY_LICENSES.md.
 
-usage: list_licences.py [--check]     --check writes nothing and fails if a dependency is not listed
+usage: list_licenses.py [--check]     --check writes nothing and fails if a dependency is not listed
 """
 
 import re
@@ -11,9 +11,9 @@ from importlib.metadata import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "LICENCES.md"
+PAGE = ROOT / "THIRD_PARTY_LICENSES.md"
 RUN_TIME = ("requirements", "notebooks_requirements", "cluster_requirements", "geo_requirements")
-BEGIN, END = "<!-- begin: tools/list_licences.py -->", "<!-- end -->"
+BEGIN, END = "<!-- begin: tools/list_licenses.py -->", "<!-- end -->"
 
 
 def list_dependencies(root: Path = ROOT) -> list[str]:
@@ -24,7 +24,7 @@ def list_dependencies(root: Path = ROOT) -> list[str]:
     return [re.split(r"[<>=!\[;]", word)[0] for word in asked]
 
 
-def name_licence(name: str) -> str:
+def name_license(name: str) -> str:
     "Return the license of an installed distribution: its expression, else its classifiers, else the first line of its text."
     known = metadata(name)
     if known.get("License-Expression"):
@@ -35,12 +35,12 @@ def name_licence(name: str) -> str:
 
 def make_table() -> str:
     "Format one row per dependency."
-    rows = [f"| {name} | {name_licence(name)} |" for name in list_dependencies()]
-    return "\n".join(["| package | licence |", "|---|---|", *rows])
+    rows = [f"| {name} | {name_license(name)} |" for name in list_dependencies()]
+    return "\n".join(["| package | license |", "|---|---|", *rows])
 
 
 def listed(page: str) -> dict[str, str]:
-    "Read the table of a page: package → licence."
+    "Read the table of a page: package → license."
     table = page.split(BEGIN)[1].split(END)[0].split("|---|---|")[-1]
     return dict(re.findall(r"^\| (\S+) \| (.+) \|$", table, re.MULTILINE))
 
@@ -49,7 +49,7 @@ def main() -> None:
     page = PAGE.read_text()
     if "--check" in sys.argv[1:]:
         missing = set(list_dependencies()) - listed(page).keys()
-        sys.exit(f"LICENCES.md lacks {', '.join(sorted(missing))}: run tools/list_licences.py" if missing else 0)
+        sys.exit(f"THIRD_PARTY_LICENSES.md lacks {', '.join(sorted(missing))}: run tools/list_licenses.py" if missing else 0)
     before, rest = page.split(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n{make_table()}\n{END}{rest.split(END)[1]}")
 
