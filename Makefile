@@ -27,11 +27,12 @@ $(VENV)/.ready: settings.ini setup.py pyproject.toml constraints.txt tools/make_
 test: $(VENV)/.ready
 	$(BIN)/python tools/check_in_step.py
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/python tools/run_nbdev_test.py
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-lab: $(VENV)/.ready
-	$(BIN)/python -m pytest -q -rs -n 0 tests/test_lab.py
+	$(BIN)/python -m pytest -q -rs -n 0 tests/repository/test_lab.py
 
 reproduce: $(VENV)/.ready
 	$(BIN)/agrivision reproduce $(TABLES) --scale $(SCALE) --data $(DATA) --data-root "$(DATA_ROOT)" --out "$(OUT)" --seeds "$(SEEDS)" --device $(DEVICE)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
+ROOT = Path(__file__).resolve().parents[2]
 MODULES = sorted(path for path in (ROOT / "agrivision_repro").rglob("*.py") if path.name != "_modidx.py")
 
 

@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MODULES = sorted(".".join(p.relative_to(ROOT).with_suffix("").parts) for p in (ROOT / "agrivision_repro").rglob("[!_]*.py"))
-sys.path.insert(0, str(ROOT / "tools"))
 EXTRAS = "notebooks,cluster,geo,dev"
 
 

@@ -21,7 +21,7 @@ from agrivision_repro.cli.app import main
 from agrivision_repro.data import archives, fetch
 from agrivision_repro.data.fetch import SOURCES, Source, fetch_data, find_differences, read_entries, tree_id
 
-NAIP = Path(__file__).resolve().parents[2] / "shared" / "naip-trees"  # 120 chips, beside a developer's checkout only
+NAIP = Path(__file__).resolve().parents[3] / "shared" / "naip-trees"  # 120 chips, beside a developer's checkout only
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="the tests need git; fetching does not")
 
 

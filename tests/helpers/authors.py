@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 KEYS = json.loads(gzip.decompress((GOLDEN / "backbone_keys.json.gz").read_bytes()))
 
 

@@ -14,7 +14,7 @@ from agrivision_repro.runs.store import list_runs, read_result
 from agrivision_repro.runs.workspace import Workspace, score_again
 from agrivision_repro.training.checkpoint import read_tensors
 
-HERE = Path(__file__).resolve().parent
+HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 BIN = Path(sys.executable).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -32,7 +32,7 @@ def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharing")
     for name, words in (("one", [sys.executable]), ("two", TWO)):
         (folder / name).mkdir()
-        run(*words, HERE / "sharing.py", folder / name)
+        run(*words, HELPERS / "sharing.py", folder / name)
     return folder / "one", folder / "two"
 
 
@@ -58,7 +58,7 @@ def test_the_losses_differ(folders):
 
 def test_runs_over_two_processes(tmp_path):
     "A smoke Run of each norm ends, is recorded as two halves, and its weights score the same in one process: identical numbers."
-    run(*TWO, HERE / "sharing.py", tmp_path, "--runs")
+    run(*TWO, HELPERS / "sharing.py", tmp_path, "--runs")
     assert list_runs(tmp_path).state.tolist() == ["finished"] * len(NORMS)
     workspace = Workspace(tmp_path, device="cpu", precision="float32")
     for folder in tmp_path.glob("runs/*"):

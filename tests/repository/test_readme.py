@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
 SNIPPETS = re.findall(r"^```python\n(.+?)^```", README, re.MULTILINE | re.DOTALL)
 
 

@@ -23,7 +23,7 @@ from agrivision_repro.metrics import MultilabelIoU
 from agrivision_repro.runs.run import plan_run
 from agrivision_repro.runs.workspace import Workspace, score_again
 
-HERE = Path(__file__).resolve().parent
+HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -160,7 +160,7 @@ def test_two_processes_count_as_one(tmp_path):
     "Each process takes its own tiles; both get all, in order, and one that has no tile of its own does, too."
     for name, words in (("one", [sys.executable]), ("two", TWO)):
         (tmp_path / name).mkdir()
-        done = subprocess.run([*words, HERE / "sharing.py", tmp_path / name, "--tiles"], env=ENVIRONMENT, capture_output=True, text=True)
+        done = subprocess.run([*words, HELPERS / "sharing.py", tmp_path / name, "--tiles"], env=ENVIRONMENT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-6000:]
     for n in (17, 1):
         wanted = np.load(tmp_path / "one" / f"{n}-0.npy")

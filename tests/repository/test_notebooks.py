@@ -11,7 +11,7 @@ import nbformat
 import papermill
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 MODULES = sorted((ROOT / "nbs").glob("*.ipynb"))
 HOWTO_NOTEBOOKS = sorted((ROOT / "nbs" / "howto").glob("*.ipynb"))

@@ -26,7 +26,7 @@ from agrivision_repro.study.blocks import (
     trace_steps,
 )
 
-TABLES = Path(__file__).resolve().parents[1] / "nbs" / "tables"
+TABLES = Path(__file__).resolve().parents[2] / "nbs" / "tables"
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # a stage
 
 

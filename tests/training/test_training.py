@@ -26,7 +26,7 @@ from agrivision_repro.training.checkpoint import read_tensors
 from agrivision_repro.training.engine import compile_model
 from agrivision_repro.training.schedule import RECIPES, learning_rate
 
-HERE = Path(__file__).resolve().parent
+HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 BIN = Path(sys.executable).parent
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -41,7 +41,7 @@ def test_killed_twenty_times(tmp_path):
     "Twenty SIGKILLs, then two SIGTERMs, at random moments: weights, history and scores of an undisturbed training, bit by bit."
     done = {
         n: subprocess.run(
-            [sys.executable, HERE / "killing.py", tmp_path / n, n, "0"], env=ONE_THREAD, capture_output=True, text=True, check=True
+            [sys.executable, HELPERS / "killing.py", tmp_path / n, n, "0"], env=ONE_THREAD, capture_output=True, text=True, check=True
         )
         for n in ("0", "22")
     }

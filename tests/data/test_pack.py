@@ -23,7 +23,7 @@ from agrivision_repro.data.pack import PackedTiles, open_split, pack_folder, pac
 from agrivision_repro.data.synthetic import Farmland, write_farmland
 from agrivision_repro.data.tiles import places_in_both, unpack_labels
 
-NAIP = Path(__file__).resolve().parents[2] / "shared" / "naip-trees"  # beside a developer's checkout only
+NAIP = Path(__file__).resolve().parents[3] / "shared" / "naip-trees"  # beside a developer's checkout only
 BIN = Path(sys.executable).parent
 
 

@@ -31,7 +31,7 @@ from agrivision_repro.data.editions import AGRIVISION_2020, AGRIVISION_2021, CRO
 from agrivision_repro.data.synthetic import write_farmland
 from agrivision_repro.data.tiles import BadFile, places_in_both, unpack_labels
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"  # beside a developer's checkout only
+SHARED = Path(__file__).resolve().parents[3] / "shared"  # beside a developer's checkout only
 NAIP = SHARED / "naip-trees"  # 120 chips
 NAIP_SHARED = ("claremont_10", "riverside_12", "riverside_14", "long_beach_98")  # places in two splits
 AG_NET = SHARED / "ag-net" / "ag-net.tar.xz"  # 272 tiles
