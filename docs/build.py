@@ -106,13 +106,31 @@ def toctree(caption: str, pages: list[str]) -> dict:
     return markdown_cell(caption, "\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", "", *pages, "```"]))
 
 
+def read_lead(path: Path) -> tuple[str, str]:
+    "Return a notebook's title and the sentence quoted below it."
+    first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
+    title, _, rest = first.partition("\n")
+    return title.removeprefix("# "), " ".join(re.findall(r"^> (.*)$", rest, re.M))
+
+
+def map_page(parts: dict[str, list[Path]]) -> str:
+    "Write the map of the site: every notebook with the sentence that says what it teaches."
+    lines = ["# Map", "", "Every notebook in reading order."]
+    for caption, paths in parts.items():
+        lines += ["", f"## {caption}", "", "| notebook | what it teaches |", "|---|---|"]
+        leads = [(path.relative_to(NBS), *read_lead(path)) for path in paths]
+        lines += [f"| [{title}]({name}) | {lead} |" for name, title, lead in leads]
+    return "\n".join(lines) + "\n"
+
+
 def stage_site(stage: Path) -> None:
     "Write all input files for Sphinx."
     parts = sort_notebooks()
     staged = [stage_notebook(path, stage, []) for paths in parts.values() for path in paths]
     write_api(list_modules([module for module in staged if module]), stage / "api")
     trees = [toctree(caption, [str(p.relative_to(NBS).with_suffix("")) for p in paths]) for caption, paths in parts.items()]
-    stage_notebook(NBS / "index.ipynb", stage, [*trees, toctree("API", ["api/index"])])
+    stage_notebook(NBS / "index.ipynb", stage, [toctree("Overview", ["map"]), *trees, toctree("API", ["api/index"])])
+    (stage / "map.md").write_text(map_page(parts), encoding="utf-8")
     for picture in NBS.rglob("*.png"):
         target = stage / picture.relative_to(NBS)
         target.parent.mkdir(parents=True, exist_ok=True)
