@@ -14,6 +14,7 @@ from processes import in_two_processes
 from torch import nn
 
 from agrivision_repro.analysis import divergence as module
+from agrivision_repro.analysis import moments
 from agrivision_repro.analysis.divergence import (
     TRUST,
     bootstrap,
@@ -126,7 +127,7 @@ def test_moments_are_exact_in_any_layout(shape, dtype, layout, monkeypatch):
     x = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) + 50).to(dtype).to(memory_format=layout)
     before = x.clone()
     for chunk in (1, 1000, 2**18):
-        monkeypatch.setattr(module, "CPU_CHUNK", chunk if x.numel() < 10_000 or chunk > 1 else 7000)
+        monkeypatch.setattr(moments, "CPU_CHUNK", chunk if x.numel() < 10_000 or chunk > 1 else 7000)
         got = sample_moments(x)
         wide = x.double()
         torch.testing.assert_close(got.mean, wide.mean((2, 3)), rtol=1e-12, atol=0)

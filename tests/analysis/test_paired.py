@@ -291,7 +291,7 @@ def test_slices_change_nothing(monkeypatch):
 def test_memory_is_bounded():
     "All weights of the paper's size at once would take 71 MB, their picks as much again."
     script = (
-        "import resource, numpy as np; from agrivision_repro.paired import paired_bootstrap; "
+        "import resource, numpy as np; from agrivision_repro.analysis.significance import paired_bootstrap; "
         "x = np.ones((2, 1, 4431, 7, 2), int); paired_bootstrap(*x, 1); peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
         "before = peak(); paired_bootstrap(*x, 2000); print((peak() - before) / 1e3)"
     )

@@ -124,8 +124,8 @@ def test_every_public_name_is_in_the_api(module, site, pages):
 
 def test_a_parameter_says_what_its_comment_says(site):
     "Shape, type, default, comment and what is returned; and the place of the cell."
-    html = (site / "api" / "norms.html").read_text(encoding="utf-8")
-    entry = html[html.index('id="agrivision_repro.norms.normalize"') : html.index('id="agrivision_repro.norms.pool_moments"')]
+    html = (site / "api" / "models.norms.html").read_text(encoding="utf-8")
+    entry = html[html.index('id="agrivision_repro.models.norms.normalize"') : html.index('id="agrivision_repro.models.norms.pool_moments"')]
     text = " ".join(re.sub(r"<[^>]+>", " ", entry).split())
     assert "eps float 1e-5 added to the variance" in text and "weight Tensor gamma, (C,)" in text and "Returns Tensor : like x" in text
     assert re.search(r'href="\.\./20_norms\.html#norms-\d+"', entry)

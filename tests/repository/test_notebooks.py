@@ -75,7 +75,7 @@ def test_papermill_with_an_unknown_parameter_fails(tmp_path):
 
 def test_results_land_in_one_place_from_any_folder(tmp_path):
     "JupyterLab starts a notebook in its own folder, papermill in the caller's: the default does not depend on it."
-    script = "from agrivision_repro.runs import default_out; print(default_out())"
+    script = "from agrivision_repro.runs.workspace import default_out; print(default_out())"
     environment = {k: v for k, v in os.environ.items() if k != "AGRIVISION_OUT"}
     places = {
         subprocess.run([sys.executable, "-c", script], cwd=cwd, env=environment, capture_output=True, text=True, check=True).stdout

@@ -225,7 +225,7 @@ def test_the_rate_that_the_optimizer_uses(stopped):
 
 def test_no_compiler_is_a_line_not_a_crash():
     script = (
-        "import torch; from agrivision_repro.training import compile_model; m = torch.nn.Conv2d(4, 2, 1); "
+        "import torch; from agrivision_repro.training.engine import compile_model; m = torch.nn.Conv2d(4, 2, 1); "
         "print(compile_model(m, torch.device('cpu'))); print(tuple(m(torch.zeros(1, 4, 8, 8)).shape))"
     )
     environment = ONE_THREAD | {"CXX": "/nowhere/c++", "TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_CACHE_DIR": "/nowhere/cache"}
