@@ -207,8 +207,8 @@ def test_two_processes_are_one(tmp_path, cut):
     alone = [measure(small_network(), x.split(5), LAYERS, ESTIMATORS, True) for x in (a, b)]
     first, second = in_two_processes(read_share, tmp_path, shares, True)
     pd.testing.assert_frame_equal(*(pd.DataFrame(part["table"]) for part in (first, second)), check_exact=True)
-    for estimator, moments in alone[0].moments.items():
-        torch.testing.assert_close(first["moments"][estimator], tuple(moments), rtol=1e-9, atol=1e-12)
+    for estimator, own in alone[0].moments.items():
+        torch.testing.assert_close(first["moments"][estimator], tuple(own), rtol=1e-9, atol=1e-12)
     wanted = compare(*alone, n_resamples=20)
     for column in ("divergence", "median_channel", *TRUST):
         np.testing.assert_allclose(first["table"][column], wanted[column], rtol=1e-6)
