@@ -29,7 +29,7 @@ def score_tiles(
     feed: TileDataset,
     engine: Engine,
     tta: str = "none",  # a key of `TTA`
-) -> tuple[dict[str, dict], Tensor]:  # as `score`; multi-label intersection and union, pixels, `(N, C, 2)` int64, on the CPU
+) -> tuple[dict[str, dict], Tensor]:  # as `score_model`; multi-label intersection and union, pixels, `(N, C, 2)` int64, on the CPU
     "Compute all metrics of a model on whole tiles, and the intersection and union of each tile."
     if tta not in TTA:
         raise ValueError(f"tta is {tta!r}: wanted one of {', '.join(TTA)}")
@@ -42,11 +42,11 @@ def score_tiles(
         for metric in metrics.values():
             metric.update(logits, batch.targets, batch.valid)
         tiles[batch.index] = metrics["multilabel"].latest
-    scores = {name: _summarise(metric) for name, metric in metrics.items()}
+    scores = {name: _summarize(metric) for name, metric in metrics.items()}
     return scores, engine.accelerator.reduce(tiles, "sum").cpu()  # 0 for the tiles of other processes
 
 
-def score(
+def score_model(
     model: nn.Module,
     feed: TileDataset,
     engine: Engine,
@@ -56,7 +56,7 @@ def score(
     return score_tiles(model, feed, engine, tta)[0]
 
 
-def _summarise(metric: ClassMetric) -> dict:  # plain numbers, for a JSON file
+def _summarize(metric: ClassMetric) -> dict:  # plain numbers, for a JSON file
     "Return a metric's result as plain numbers."
     per_class = [None if value != value else value for value in metric.per_class().tolist()]
     return {"per_class": per_class, "mean": float(metric.compute()), "floor": float(metric.floor())}

@@ -172,7 +172,7 @@ def test_branches_speak(norm):
     "Right after the start and after a short run, each branch has at least a tenth of the spread of the identity beside it."
     recipe = Recipe(8, 8, 14, lr=0.05, batch_size=4, width=1 / 8, pretrained=False)
     kind = Run(recipe, channels="rgb", norm=norm, lovasz=1.0)
-    trainer = Trainer(build_model(kind), build_loss(kind), recipe, 0, make_engine("cpu", "float32"))
+    trainer = Trainer(build_model(kind), build_loss(kind), recipe, seed=0, engine=make_engine("cpu", "float32"))
     batch = make_up_batch(kind, 64, 4, torch.device("cpu"))
     for n_steps in (0, recipe.iterations):
         for _ in range(n_steps):

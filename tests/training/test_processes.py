@@ -63,7 +63,7 @@ def test_runs_over_two_processes(tmp_path):
     workspace = Workspace(tmp_path, device="cpu", precision="float32")
     for folder in tmp_path.glob("runs/*"):
         result = read_result(folder)
-        assert (result.record["processes"], result.record["parts"]) == (2, 2)
+        assert (result.record["processes"], result.record["micro_batches"]) == (2, 2)
         assert score_again(folder, workspace) == result.scores
 
 
