@@ -52,7 +52,7 @@ class Wide(nn.Module):
 
 def make_model(norm: str) -> nn.Module:
     torch.manual_seed(0)
-    model = DeepLabV3Plus(7, 26, norm, 4, 16, 1, RECIPE.width, False, False)
+    model = DeepLabV3Plus(7, 26, norm, width=RECIPE.width, multigrid=False)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -42,7 +42,7 @@ def served(urls, monkeypatch, tmp_path):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("depth", [50, 101])
 def test_every_variant(depth, norm, served, caplog):
-    with caplog.at_level("INFO", logger="agrivision_repro.backbones"):
+    with caplog.at_level("INFO", logger="agrivision_repro.models.backbones"):
         model = create_backbone(depth, norm, in_chans=4, pretrained=True)
     own, public = model.state_dict(), backbone_state(depth, "ibn_a" if norm == "ibn_s" else norm)
     stem = public.pop("conv1.weight")
