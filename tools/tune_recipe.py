@@ -65,7 +65,8 @@ def try_recipe(run: Run, workspace: Workspace, state: Path, n_train: int) -> dic
     recalibrate_norms(trainer, train)
     fresh = score_tiles(trainer.bare_model, held, engine)[0]
     row = {"seconds": round(seconds), "loss": float(losses[-n:].mean()), "tenth before": float(losses[-2 * n : -n].mean())}
-    row |= {"stale": stale["multilabel"]["mean"], **{name: s["mean"] for name, s in fresh.items()}, "floor": fresh["challenge"]["floor"]}
+    row |= {"stale": stale["multilabel"]["mean"], **{name: s["mean"] for name, s in fresh.items()}}
+    row["background_only"] = fresh["challenge"]["background_only"]
     return row | {"last gamma": last_norms(trainer.bare_model)}
 
 

@@ -209,7 +209,7 @@ def _score_inputs(
     tests: dict[str, TileDataset],  # test input → tiles
     engine: Engine,
     tta: str = "none",  # a key of `training.TTA`
-) -> tuple[dict, np.ndarray]:  # test input → metric → per_class, mean, floor; counts of `read_tiles`
+) -> tuple[dict, np.ndarray]:  # test input → metric → per_class, mean, background_only; counts of `read_tiles`
     "Score a model on all its test inputs."
     scored = {channels: score_tiles(model, test, engine, tta) for channels, test in tests.items()}
     return {channels: scores for channels, (scores, _) in scored.items()}, torch.stack([tiles for _, tiles in scored.values()]).numpy()
@@ -264,7 +264,7 @@ def score_again(
     workspace: Workspace,
     checkpoint: str = "last",  # or "best"
     tta: str = "none",  # a key of `training.TTA`
-) -> dict:  # test input → metric → per_class, mean, floor
+) -> dict:  # test input → metric → per_class, mean, background_only
     "Score weights with another checkpoint or augmentation; save the scores, and the counts of the tiles if missing, in the folder."
     result, path = read_result(folder), folder / f"scores-{checkpoint}-{tta}.json"
     check_choice("tta", tta, tuple(TTA))

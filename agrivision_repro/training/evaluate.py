@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from agrivision_repro.data.batches import INVERSE, TileDataset, scoring_loader, turn
-from agrivision_repro.metrics import AveragePrecision, ChallengeIoU, ClassMetric, MultilabelIoU
+from agrivision_repro.metrics import AveragePrecision, ChallengeIoU, ClassMetric, MultilabelIoU, tile_overlap
 from agrivision_repro.training.engine import Engine
 
 METRICS: dict[str, Callable[[int], ClassMetric]] = {
@@ -41,7 +41,7 @@ def score_tiles(
         logits = sum(turn(engine.predict(model, turn(batch.x, e)).float(), INVERSE[e]) for e in TTA[tta]) / len(TTA[tta])
         for metric in metrics.values():
             metric.update(logits, batch.targets, batch.valid)
-        tiles[batch.index] = metrics["multilabel"].latest
+        tiles[batch.index] = tile_overlap(logits, batch.targets, batch.valid)
     scores = {name: _summarize(metric) for name, metric in metrics.items()}
     return scores, engine.accelerator.reduce(tiles, "sum").cpu()  # 0 for the tiles of other processes
 
@@ -51,7 +51,7 @@ def score_model(
     feed: TileDataset,
     engine: Engine,
     tta: str = "none",  # a key of `TTA`
-) -> dict[str, dict]:  # metric → `per_class` (None: absent), `mean`, `floor`
+) -> dict[str, dict]:  # metric → `per_class` (None: absent), `mean`, `background_only`
     "Compute all metrics of a model on whole tiles."
     return score_tiles(model, feed, engine, tta)[0]
 
@@ -59,4 +59,4 @@ def score_model(
 def _summarize(metric: ClassMetric) -> dict:  # plain numbers, for a JSON file
     "Return a metric's result as plain numbers."
     per_class = [None if value != value else value for value in metric.per_class().tolist()]
-    return {"per_class": per_class, "mean": float(metric.compute()), "floor": float(metric.floor())}
+    return {"per_class": per_class, "mean": float(metric.compute()), "background_only": float(metric.background_only())}

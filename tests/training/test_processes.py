@@ -46,7 +46,7 @@ def test_two_processes_equal_one(norm, loss, folders):
         torch.testing.assert_close(two[key], one[key], rtol=1e-9, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
     scores = [json.loads((folder / f"{norm}-{loss}.json").read_text()) for folder in folders]
     for metric in scores[0]:
-        assert scores[1][metric]["floor"] == scores[0][metric]["floor"]
+        assert scores[1][metric]["background_only"] == scores[0][metric]["background_only"]
         assert scores[1][metric]["mean"] == pytest.approx(scores[0][metric]["mean"], abs=1e-6)
 
 
