@@ -180,6 +180,7 @@ class HybridLoss(nn.Module):
         self,
         dice: float = 1.0,  # lambda 1, at least 0
         lovasz: float = 1.0,  # lambda 2, at least 0
+        *,
         bce: float = 1.0,  # at least 0; 1 in the paper
         bce_over_valid: bool = False,
         dice_per_class: bool = False,
@@ -194,16 +195,26 @@ class HybridLoss(nn.Module):
         self.bce, self.dice, self.lovasz = BCELoss(bce_over_valid), DiceLoss(dice_per_class), LovaszLoss(lovasz_per_image)
 
     @property
-    def parts(self) -> tuple[str, ...]:
+    def term_names(self) -> tuple[str, ...]:
         "Return the names of the losses with a nonzero weight, in order."
         return tuple(name for name, weight in self.weights.items() if weight)
 
-    def forward(
+    def terms(
         self,
         logits: Tensor,  # `(B, C, H, W)`
         targets: Tensor,  # 0 or 1, `(B, C, H, W)`
         valid: Tensor,  # `(B, H, W)` bool
-    ) -> dict[str, Tensor]:  # `loss`, to be minimized, then its terms
-        parts = {name: getattr(self, name)(logits, targets, valid) for name in self.parts}
-        total = sum(self.weights[name] * part for name, part in parts.items())
-        return {"loss": total / sum(self.weights.values()), **parts}
+    ) -> dict[str, Tensor]:  # name → scalar, not weighted
+        "Compute each loss with a nonzero weight."
+        return {name: getattr(self, name)(logits, targets, valid) for name in self.term_names}
+
+    def combine(
+        self,
+        terms: dict[str, Tensor],  # of `terms`
+    ) -> Tensor:  # scalar
+        "Compute the weighted mean of the terms."
+        total: Tensor = sum(self.weights[name] * term for name, term in terms.items())
+        return total / sum(self.weights.values())
+
+    def forward(self, logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:  # of the same shapes; scalar
+        return self.combine(self.terms(logits, targets, valid))

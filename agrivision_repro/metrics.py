@@ -13,7 +13,8 @@ from .losses import check_pixels
 
 # %% auto #0
 __all__ = ['GROUP', 'FALSE_POSITIVES', 'READINGS', 'N_BINS', 'iou_from_counts', 'count_pixels', 'ClassMetric', 'CountingIoU',
-           'MultilabelIoU', 'overlap_confusion', 'read_classes', 'ChallengeIoU', 'rank_code', 'AveragePrecision']
+           'count_tiles', 'tile_overlap', 'MultilabelIoU', 'overlap_confusion', 'read_classes', 'ChallengeIoU',
+           'rank_code', 'AveragePrecision']
 
 # %% ../nbs/32_metrics.ipynb #cell-05
 def iou_from_counts(
@@ -24,7 +25,7 @@ def iou_from_counts(
     "Compute intersection over union."
     return hits.double() / (predicted + present - hits).double()
 
-
+# %% ../nbs/32_metrics.ipynb #7142f5fc
 GROUP = 128  # pixels per group; a byte can count them
 
 
@@ -37,7 +38,7 @@ def count_pixels(
     groups = ones[..., :whole].unflatten(2, (GROUP, -1)).sum(2, dtype=torch.uint8)
     return groups.sum(2) + ones[..., whole:].sum(2)
 
-
+# %% ../nbs/32_metrics.ipynb #bfe5b8d5
 class ClassMetric(Metric):
     "Base class of all metrics: one score per class from int64 counts, and their mean."
 
@@ -77,12 +78,12 @@ class ClassMetric(Metric):
         "Compute the scores of predicting background everywhere on the same pixels."
         raise NotImplementedError
 
-    def floor(self) -> Tensor:  # scalar float64
+    def background_only(self) -> Tensor:  # scalar float64
         "Return the mean score of predicting background everywhere, over all processes."
         with self.sync_context():
             return self.average(self.baselines())
 
-
+# %% ../nbs/32_metrics.ipynb #a17d9aec
 class CountingIoU(ClassMetric):
     "Base class of the IoU metrics."
 
@@ -108,6 +109,29 @@ class CountingIoU(ClassMetric):
         is_background = torch.arange(self.n_classes, device=present.device) == 0
         return iou_from_counts(present * is_background, self.background_predicted() * is_background, present)
 
+# %% ../nbs/32_metrics.ipynb #1c5a57e4
+def count_tiles(
+    logits: Tensor,  # `(B, C, H, W)`
+    targets: Tensor,  # all labels of each pixel, 0 or 1, `(B, C, H, W)`
+    valid: Tensor,  # pixels that are scored, `(B, H, W)` bool
+    threshold: float = 0.0,  # a class is predicted where its logit is above it; 0 is a probability of one half
+) -> tuple[Tensor, Tensor, Tensor]:  # correct, predicted and labeled pixels, `(B, C)` int64 each
+    "Count the pixels of each tile and class."
+    present = check_pixels(logits, targets, valid) & valid[:, None]
+    mask = (logits > threshold).bitwise_and_(valid[:, None])
+    n_predicted, n_present = count_pixels(mask), count_pixels(present)
+    return count_pixels(mask.bitwise_and_(present)), n_predicted, n_present
+
+
+def tile_overlap(
+    logits: Tensor,  # `(B, C, H, W)`
+    targets: Tensor,  # all labels of each pixel, 0 or 1, `(B, C, H, W)`
+    valid: Tensor,  # pixels that are scored, `(B, H, W)` bool
+) -> Tensor:  # intersection and union, pixels, `(B, C, 2)` int64
+    "Return what each tile adds to the multi-label IoU of each class."
+    hits, predicted, present = count_tiles(logits, targets, valid)
+    return torch.stack([hits, predicted + present - hits], -1)
+
 # %% ../nbs/32_metrics.ipynb #cell-08
 class MultilabelIoU(CountingIoU):
     "Compute the IoU of each class against all others, from the sign of its logit."
@@ -126,7 +150,6 @@ class MultilabelIoU(CountingIoU):
         self.threshold = threshold
         self.add_state("setting", torch.tensor(float(threshold)), dist_reduce_fx="max")  # a MetricCollection merges metrics of equal states
         self.add_counts("hits", "predicted", "present", size=(n_classes,))
-        self.latest = torch.zeros(0, n_classes, 2, dtype=torch.int64)  # intersection and union per tile of the last batch
 
     def update(
         self,
@@ -134,14 +157,10 @@ class MultilabelIoU(CountingIoU):
         targets: Tensor,  # all labels of each pixel, 0 or 1, `(B, C, H, W)`
         valid: Tensor,  # pixels that are scored, `(B, H, W)` bool
     ) -> None:
-        present = check_pixels(logits, targets, valid) & valid[:, None]
-        mask = (logits > self.threshold).bitwise_and_(valid[:, None])
-        n_predicted, n_present = count_pixels(mask), count_pixels(present)
-        n_hits = count_pixels(mask.bitwise_and_(present))
-        self.latest = torch.stack([n_hits, n_predicted + n_present - n_hits], -1)
-        self.hits += n_hits.sum(0)
-        self.predicted += n_predicted.sum(0)
-        self.present += n_present.sum(0)
+        counts = count_tiles(logits, targets, valid, self.threshold)
+        self.hits += counts[0].sum(0)
+        self.predicted += counts[1].sum(0)
+        self.present += counts[2].sum(0)
         self.n_valid += valid.sum()
 
     def counts(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,7 +199,7 @@ def read_classes(
     best = logits[:, 1:].max(1)
     return torch.where(best.values > 0, best.indices + 1, 0)
 
-
+# %% ../nbs/32_metrics.ipynb #040385e1
 class ChallengeIoU(CountingIoU):
     "Compute the challenge's IoU: one class per pixel, with the overlap rule."
 
@@ -235,7 +254,7 @@ def rank_code(
     bits = (logits.bfloat16() + 0).view(torch.int16)  # -0 + 0 is +0
     return (bits ^ ((bits >> 15) & 0x7FFF)).int() + N_BINS // 2
 
-
+# %% ../nbs/32_metrics.ipynb #4d3a3705
 class AveragePrecision(ClassMetric):
     "Compute the average precision of each class against all others, over valid pixels."
 

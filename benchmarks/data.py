@@ -60,7 +60,7 @@ def plain_epoch(tiles: Tiles) -> int:
 def our_epoch(tiles, epoch: int) -> int:
     n_batches = len(tiles) // BATCH
     prepare = partial(make_batch, channels="rgbn", n_classes=len(tiles.classes))
-    loader = training_loader(SampleStream(tiles), BATCH, epoch * n_batches, (epoch + 1) * n_batches, prepare)
+    loader = training_loader(SampleStream(tiles), BATCH, epoch * n_batches, (epoch + 1) * n_batches, prepare=prepare)
     return sum(len(batch.x) for batch in loader)
 
 

@@ -84,12 +84,13 @@ def random_tiles(n: int, side: int) -> list[Tile]:
 def train(run: Run, tiles: list[Tile], n_steps: int, device: str, precision: str, is_compiled: bool) -> dict:
     "Train for some steps; return losses, tiles per second, memory and a breakdown of the time."
     engine = make_engine(device, precision)
-    trainer = Trainer(build_model(run), build_loss(run), run.recipe, run.seed, engine)
+    trainer = Trainer(build_model(run), build_loss(run), run.recipe, seed=run.seed, engine=engine)
     compiled = compile_model(trainer.bare_model, engine.device) if is_compiled else "not asked"
     if engine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     feed, size = TileDataset(tiles, run.channels, 7), run.recipe.batch_size
-    loader = training_loader(SampleStream(tiles), size, 0, n_steps, feed.prepare(engine.device), trainer.parts, trainer.n_parts)
+    shares = {"micro_batches": trainer.micro_batches, "n_micro_batches": trainer.n_micro_batches}
+    loader = training_loader(SampleStream(tiles), size, 0, n_steps, prepare=feed.prepare(engine.device), **shares)
     waited, stepped, trained = [], [], trainer.model.train()
     start = perf_counter()
     for batch in loader:

@@ -36,7 +36,7 @@ def training_step(model: nn.Module, is_default: bool = False):
     def run() -> None:
         with precision:
             logits = model(images)
-        loss(logits, targets, valid)["loss"].backward()
+        loss(logits, targets, valid).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -31,7 +31,7 @@ class Loop:
     "`fit`, stopped and resumed every few steps, with its own reading of tiles."
 
     def __init__(self, run: Run, workspace: Workspace, folder: Path):
-        self.trainer = Trainer(build_model(run), build_loss(run), run.recipe, run.seed, make_engine("cpu"))
+        self.trainer = Trainer(build_model(run), build_loss(run), run.recipe, seed=run.seed, engine=make_engine("cpu"))
         self.feed, self.state = workspace.feed(run, "train"), folder / "state.safetensors"
 
     def run(self, n_steps: int) -> float:
@@ -50,7 +50,7 @@ class Bare:
         self.model = build_model(run).train().to(memory_format=torch.channels_last)
         self.loss, feed = build_loss(run), workspace.feed(run, "train")
         stream = SampleStream(feed.tiles, 0, run.recipe.crop)
-        self.batches = list(training_loader(stream, run.recipe.batch_size, 0, STEPS, feed.prepare("cpu")))
+        self.batches = list(training_loader(stream, run.recipe.batch_size, 0, STEPS, prepare=feed.prepare("cpu")))
         settings = {"momentum": run.recipe.momentum, "weight_decay": run.recipe.weight_decay, "fused": True}
         self.optimizer = torch.optim.SGD(self.model.parameters(), learning_rate(run.recipe, 0), **settings)
 
@@ -59,7 +59,7 @@ class Bare:
         for batch in self.batches[:n_steps]:
             with self.engine.autocast():
                 logits = self.model(batch.x.contiguous(memory_format=torch.channels_last))
-            self.loss(logits, batch.targets, batch.valid)["loss"].backward()
+            self.loss(logits, batch.targets, batch.valid).backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
         return perf_counter() - start

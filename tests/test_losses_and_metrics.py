@@ -84,9 +84,9 @@ def test_lovasz_is_the_textbook_form(seed, share):
 @seeds
 def test_hybrid_at_zero_is_bce(seed, share):
     pixels = draw(seed, share)
-    assert HybridLoss(0, 0)(*pixels)["loss"] == bce_loss(*pixels)
-    assert HybridLoss(0, 0, bce=0.5, bce_over_valid=True)(*pixels)["loss"] == bce_loss(*pixels, over_valid=True)
-    assert HybridLoss(0, 3, bce=0, lovasz_per_image=True)(*pixels)["loss"] == lovasz_loss(*pixels, per_image=True)
+    assert HybridLoss(0, 0)(*pixels) == bce_loss(*pixels)
+    assert HybridLoss(0, 0, bce=0.5, bce_over_valid=True)(*pixels) == bce_loss(*pixels, over_valid=True)
+    assert HybridLoss(0, 3, bce=0, lovasz_per_image=True)(*pixels) == lovasz_loss(*pixels, per_image=True)
 
 
 CASES = {

@@ -56,7 +56,8 @@ def last_norms(model: torch.nn.Module) -> float:
 def try_recipe(run: Run, workspace: Workspace, state: Path, n_train: int) -> dict:
     "Train on one part of the training tiles and score on the other, before and after recalibration."
     engine, (train, held) = make_engine("cpu", workspace.precision), split_training(run, workspace, n_train)
-    began, trainer = time.monotonic(), Trainer(build_model(run), build_loss(run), replace(run.recipe, recalibrate=0), run.seed, engine)
+    recipe, began = replace(run.recipe, recalibrate=0), time.monotonic()
+    trainer = Trainer(build_model(run), build_loss(run), recipe, seed=run.seed, engine=engine)
     fit(trainer, train, state, title=run.title, save_every=10**9)
     seconds, losses = time.monotonic() - began, torch.stack(trainer.history)[:, 1]
     trainer.recipe, n = run.recipe, len(losses) // 10
@@ -64,7 +65,8 @@ def try_recipe(run: Run, workspace: Workspace, state: Path, n_train: int) -> dic
     recalibrate_norms(trainer, train)
     fresh = score_tiles(trainer.bare_model, held, engine)[0]
     row = {"seconds": round(seconds), "loss": float(losses[-n:].mean()), "tenth before": float(losses[-2 * n : -n].mean())}
-    row |= {"stale": stale["multilabel"]["mean"], **{name: s["mean"] for name, s in fresh.items()}, "floor": fresh["challenge"]["floor"]}
+    row |= {"stale": stale["multilabel"]["mean"], **{name: s["mean"] for name, s in fresh.items()}}
+    row["background_only"] = fresh["challenge"]["background_only"]
     return row | {"last gamma": last_norms(trainer.bare_model)}
 
 

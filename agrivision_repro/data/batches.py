@@ -314,15 +314,17 @@ def training_loader(
     batch_size: int,
     first: int,  # first iteration: 0, or where a run stopped
     last: int,  # iteration to stop before
-    prepare: Callable[[Sample], Any] = lambda samples: samples,  # applied to each part
-    parts: Sequence[int] = (0,),  # parts of each batch to load, in this order
-    n_parts: int = 1,  # parts per batch
-) -> Iterator:  # one item per part
+    *,
+    prepare: Callable[[Sample], Any] = lambda samples: samples,  # applied to each micro-batch
+    micro_batches: Sequence[int] = (0,),  # those of each batch to load, in this order
+    n_micro_batches: int = 1,  # per batch
+) -> Iterator:  # one item per micro-batch
     "Load the batches of iterations `first` to `last` of a stream."
-    if batch_size % n_parts:
-        raise ValueError(f"a batch of {batch_size} cannot be cut into {n_parts} equal parts: choose another batch size, or fewer processes")
-    size = batch_size // n_parts
-    starts = (iteration * batch_size + part * size for iteration in range(first, last) for part in parts)
+    if batch_size % n_micro_batches:
+        remedy = "choose another batch size, or fewer processes"
+        raise ValueError(f"a batch of {batch_size} cannot be cut into {n_micro_batches} equal micro-batches: {remedy}")
+    size = batch_size // n_micro_batches
+    starts = (iteration * batch_size + k * size for iteration in range(first, last) for k in micro_batches)
     return read_ahead(lambda start: prepare(collate((stream[k] for k in range(start, start + size)), size)), starts)
 
 

@@ -30,32 +30,20 @@ from ..core import check_choice
 from .norms import InstanceBatchNorm2d, SwitchNorm2d
 
 # %% auto #0
-__all__ = ['DEPTHS', 'NORMS', 'FIRST_NORM', 'DILATIONS', 'MULTIGRID', 'TORCHVISION', 'IBN_NET', 'IMAGENET_URLS', 'INPUT',
-           'TIMM_NAMES', 'default_cfgs', 'swap_norms', 'last_activation', 'add_norm_after_addition', 'use_public_name',
-           'use_own_name', 'set_multigrid', 'widen_stem', 'fetch_checkpoint', 'read_tensors', 'LoadReport',
+__all__ = ['DEPTHS', 'NORMS', 'DILATIONS', 'MULTIGRID', 'TORCHVISION', 'IBN_NET', 'IMAGENET_URLS', 'INPUT', 'TIMM_NAMES',
+           'default_cfgs', 'replace_first_norms', 'last_activation', 'add_norm_after_addition', 'add_instance_norms',
+           'swap_norms', 'set_multigrid', 'widen_stem', 'fetch_checkpoint', 'read_checkpoint', 'LoadReport',
            'load_matching', 'load_imagenet', 'make_resnet', 'create_backbone', 'spread', 'branch_spreads',
            'draw_branches', 'make_entry']
 
 # %% ../../nbs/22_backbones.ipynb #cell-05
-DEPTHS = (18, 26, 34, 50, 101)  # 50 and 101 are the paper's; 18 and 34 have basic blocks
-NORMS = ("bn", "ibn_a", "ibn_b", "ibn_s")
-FIRST_NORM = {"ibn_a": InstanceBatchNorm2d, "ibn_s": SwitchNorm2d}  # replaces bn1 in layers 1 to 3
-
-
-def swap_norms(
-    resnet: ResNet,  # changed in place; its norms must be timm's own
-    norm: str,  # one of `NORMS`
-) -> ResNet:
-    "Replace the norms of a timm ResNet with those of an IBN variant."
-    check_choice("norm", norm, NORMS)
-    if norm in FIRST_NORM:
-        for block in (*resnet.layer1, *resnet.layer2, *resnet.layer3):
-            block.bn1 = FIRST_NORM[norm](block.bn1.num_features)
-    if norm == "ibn_b":
-        resnet.bn1 = nn.InstanceNorm2d(resnet.bn1.num_features, affine=True)
-        for stage, info in zip((resnet.layer1, resnet.layer2), resnet.feature_info[1:], strict=False):
-            add_norm_after_addition(stage[-1], info["num_chs"])
-    return resnet
+def replace_first_norms(
+    resnet: ResNet,  # changed in place
+    make: Callable[[int], nn.Module],  # called with the number of channels
+) -> None:
+    "Replace the first norm of every block in layers 1 to 3."
+    for block in (*resnet.layer1, *resnet.layer2, *resnet.layer3):
+        block.bn1 = make(block.bn1.num_features)
 
 # %% ../../nbs/22_backbones.ipynb #cell-07
 def last_activation(block: nn.Module) -> str:
@@ -68,21 +56,49 @@ def add_norm_after_addition(block: nn.Module, channels: int) -> None:
     name = last_activation(block)
     steps = OrderedDict(IN=nn.InstanceNorm2d(channels, affine=True), act=getattr(block, name))
     setattr(block, name, nn.Sequential(steps))
-    block.register_state_dict_post_hook(use_public_name)
-    block.register_load_state_dict_pre_hook(use_own_name)
+    block.register_state_dict_post_hook(_use_public_name)
+    block.register_load_state_dict_pre_hook(_use_own_name)
 
-
-def use_public_name(block: nn.Module, state: dict, prefix: str, _metadata: dict) -> None:
+# %% ../../nbs/22_backbones.ipynb #878c682f
+def _use_public_name(block: nn.Module, state: dict, prefix: str, _metadata: dict) -> None:
     "Save `act3.IN.weight` as `IN.weight`."
     for key in ("weight", "bias"):
         state[f"{prefix}IN.{key}"] = state.pop(f"{prefix}{last_activation(block)}.IN.{key}")
 
 
-def use_own_name(block: nn.Module, state: dict, prefix: str, *_rest: object) -> None:
+def _use_own_name(block: nn.Module, state: dict, prefix: str, *_rest: object) -> None:
     "Load `IN.weight` into `act3.IN.weight`."
     for key in ("weight", "bias"):
         if f"{prefix}IN.{key}" in state:
             state[f"{prefix}{last_activation(block)}.IN.{key}"] = state.pop(f"{prefix}IN.{key}")
+
+# %% ../../nbs/22_backbones.ipynb #69cf09fe
+def add_instance_norms(
+    resnet: ResNet,  # changed in place
+) -> None:
+    "Replace the stem's norm by an instance norm and add one to the last blocks of layers 1 and 2."
+    resnet.bn1 = nn.InstanceNorm2d(resnet.bn1.num_features, affine=True)
+    for stage, info in zip((resnet.layer1, resnet.layer2), resnet.feature_info[1:], strict=False):
+        add_norm_after_addition(stage[-1], info["num_chs"])
+
+# %% ../../nbs/22_backbones.ipynb #0d5daddb
+DEPTHS = (18, 26, 34, 50, 101)  # 50 and 101 are the paper's; 18 and 34 have basic blocks
+NORMS: dict[str, Callable[[ResNet], None]] = {
+    "bn": lambda resnet: None,
+    "ibn_a": partial(replace_first_norms, make=InstanceBatchNorm2d),
+    "ibn_b": add_instance_norms,
+    "ibn_s": partial(replace_first_norms, make=SwitchNorm2d),
+}
+
+
+def swap_norms(
+    resnet: ResNet,  # changed in place; its norms must be timm's own
+    norm: str,  # a key of `NORMS`
+) -> ResNet:
+    "Replace the norms of a timm ResNet with those of an IBN variant."
+    check_choice("norm", norm, tuple(NORMS))
+    NORMS[norm](resnet)
+    return resnet
 
 # %% ../../nbs/22_backbones.ipynb #cell-11
 DILATIONS = {16: (1, 2), 8: (2, 4)}  # output stride → dilations of layers 3 and 4
@@ -150,10 +166,10 @@ def fetch_checkpoint(
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if not found.startswith(prefix):
         raise ValueError(f"{path} has SHA-256 {found[:8]}…, wanted {prefix}…: delete it and download {url} again")
-    return read_tensors(path)
+    return read_checkpoint(path)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
     "Load a PyTorch checkpoint that contains only tensors, no executable content."
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -193,11 +209,12 @@ def load_matching(
 def load_imagenet(
     resnet: ResNet,  # changed in place: width 1, three input channels
     depth: int,  # 50 or 101
-    norm: str,  # one of `NORMS`
+    norm: str,  # a key of `NORMS`
 ) -> LoadReport:
     "Load public ImageNet weights into a backbone and set its `imagenet_report`; a classifier of another size stays as initialized."
     if (depth, norm) not in IMAGENET_URLS:
-        raise ValueError(f"there are no ImageNet weights for depth {depth}: use 50 or 101, or pretrained=False")
+        known = ", ".join(f"resnet{d}_{n}" for d, n in IMAGENET_URLS)
+        raise ValueError(f"there are no ImageNet weights for depth {depth} with {norm}: wanted one of {known}, or pretrained=False")
     state = fetch_checkpoint(IMAGENET_URLS[depth, norm])
     is_classifier = getattr(resnet.fc, "out_features", 0) == 1000
     dropped = () if is_classifier else tuple(key for key in state if key.startswith("fc."))
@@ -209,7 +226,8 @@ def load_imagenet(
 # %% ../../nbs/22_backbones.ipynb #cell-23
 def make_resnet(
     depth: int,  # one of `DEPTHS`
-    norm: str,  # one of `NORMS`
+    norm: str,  # a key of `NORMS`
+    *,
     pretrained: bool = False,  # start from ImageNet: depth 50 or 101, 3 or 4 channels
     in_chans: int = 3,  # 4 is R, G, B, NIR, through `widen_stem`
     **options,  # options of timm's ResNet
@@ -228,7 +246,8 @@ def make_resnet(
 # %% ../../nbs/22_backbones.ipynb #cell-25
 def create_backbone(
     depth: int = 101,  # one of `DEPTHS`
-    norm: str = "bn",  # one of `NORMS`
+    norm: str = "bn",  # a key of `NORMS`
+    *,
     in_chans: int = 3,  # 3, or 4 for R, G, B, NIR
     output_stride: int = 16,  # 16 or 8
     width: float = 1.0,  # scales the channels of every stage
@@ -243,7 +262,7 @@ def create_backbone(
         raise ValueError(f"pretrained weights fit width 1, not {width}: set width=1 or pretrained=False")
     channels = tuple(max(int(c * width), 2) for c in (64, 128, 256, 512))
     options = {"num_classes": 0, "global_pool": "", "output_stride": output_stride, "channels": channels}
-    resnet = make_resnet(depth, norm, pretrained, in_chans, **options)
+    resnet = make_resnet(depth, norm, pretrained=pretrained, in_chans=in_chans, **options)
     grid = MULTIGRID if multigrid else (1, 1, 1)
     return set_multigrid(resnet, grid[: len(resnet.layer4)], output_stride)
 
@@ -296,14 +315,14 @@ def make_entry(name: str, depth: int, norm: str) -> Callable[..., nn.Module]:
     "Return the function that timm calls for a model name."
 
     def entry(pretrained: bool = False, **options) -> nn.Module:
-        return build_model_with_cfg(partial(make_resnet, depth, norm, pretrained), name, False, **options)
+        return build_model_with_cfg(partial(make_resnet, depth, norm, pretrained=pretrained), name, False, **options)
 
     entry.__name__, entry.__module__ = name, __name__
     return entry
 
 
 INPUT = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "pool_size": (7, 7), "first_conv": "conv1", "classifier": "fc"}
-TIMM_NAMES = {f"resnet{depth}_{norm}": (depth, norm) for depth in DEPTHS for norm in NORMS[1:]}
+TIMM_NAMES = {f"resnet{depth}_{norm}": (depth, norm) for depth in DEPTHS for norm in NORMS if norm != "bn"}
 default_cfgs = generate_default_cfgs({name: {"url": IMAGENET_URLS.get(key, ""), **INPUT} for name, key in TIMM_NAMES.items()})
 for _name, _key in TIMM_NAMES.items():
     register_model(make_entry(_name, *_key))

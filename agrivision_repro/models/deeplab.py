@@ -91,7 +91,8 @@ class DeepLabV3Plus(nn.Module):
         self,
         n_classes: int,  # background included
         depth: int = 101,  # ResNet depth, one of `backbones.DEPTHS`
-        norm: str = "bn",  # `bn`, `ibn_a`, `ibn_b` or `ibn_s`
+        norm: str = "bn",  # a key of `backbones.NORMS`
+        *,
         in_chans: int = 4,  # 3, or 4 for R, G, B, NIR
         output_stride: int = 16,  # of the backbone, 16 or 8
         low_level: int = 1,  # 1: layer1 alone (Tables 1 and 2); 3: layers 1 to 3 (the authors' submission)
@@ -101,7 +102,8 @@ class DeepLabV3Plus(nn.Module):
     ):
         super().__init__()
         check_choice("low_level", low_level, (1, 3))
-        backbone = create_backbone(depth, norm, in_chans, output_stride, width, pretrained, multigrid)
+        options = {"in_chans": in_chans, "output_stride": output_stride, "width": width}
+        backbone = create_backbone(depth, norm, pretrained=pretrained, multigrid=multigrid, **options)
         stages = [info["num_chs"] for info in backbone.feature_info[1:4]]
         self.low_level = low_level
         self.aspp = make_aspp(backbone.num_features, ASPP_RATES[output_stride], int(256 * width))

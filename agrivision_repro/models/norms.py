@@ -13,8 +13,10 @@ from torch import Tensor, distributed, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from ..core import check_choice
+
 # %% auto #0
-__all__ = ['Pool', 'PARTS', 'PixelMoments', 'AffineMap', 'normalize', 'pool_moments', 'SumOverProcesses', 'pool_batch',
+__all__ = ['Pool', 'STATISTICS', 'PixelMoments', 'AffineMap', 'normalize', 'pool_moments', 'SumOverProcesses', 'pool_batch',
            'InstanceBatchNorm2d', 'batch_moments', 'SwitchNorm2d', 'blend', 'SyncedBatchNorm2d', 'sync_norms',
            'recalibrate']
 
@@ -65,6 +67,7 @@ def normalize(
     pool: Pool,  # returns the moments to normalize by
     weight: Tensor,  # gamma, `(C,)`
     bias: Tensor,  # beta, `(C,)`
+    *,
     eps: float = 1e-5,  # added to the variance
 ) -> Tensor:  # like `x`
     "Normalize `x` by pooled moments of its pixels; raises ValueError if its channels do not match `weight`."
@@ -123,24 +126,25 @@ class InstanceBatchNorm2d(nn.Module):
 
     def __init__(
         self,
-        channels: int,  # C, at least 2
+        num_features: int,  # C, at least 2
+        *,
         sync: bool = False,  # pool batch moments over all processes
     ):
         super().__init__()
-        if channels < 2:
-            raise ValueError(f"channels is {channels}: IBN-a splits them into two halves, wanted at least 2")
-        self.n_instance, self.sync = channels // 2, sync
+        if num_features < 2:
+            raise ValueError(f"num_features is {num_features}: IBN-a splits them into two halves, wanted at least 2")
+        self.n_instance, self.sync = num_features // 2, sync
         self.IN = nn.InstanceNorm2d(self.n_instance, affine=True)
-        self.BN = nn.BatchNorm2d(channels - self.n_instance)
+        self.BN = nn.BatchNorm2d(num_features - self.n_instance)
 
     def forward(self, x: Tensor) -> Tensor:  # `(B, C, H, W)` to the same
         pool = partial(self.pool, n_pixels=x.shape[2:].numel())
         weight, bias = (torch.cat([getattr(self.IN, name), getattr(self.BN, name)]) for name in ("weight", "bias"))
-        return normalize(x, pool, weight, bias, self.BN.eps)
+        return normalize(x, pool, weight, bias, eps=self.BN.eps)
 
     def pool(self, mean: Tensor, variance: Tensor, n_pixels: int) -> tuple[Tensor, Tensor]:
         "Keep the first half's moments; pool the second half's over the batch."
-        batch = batch_moments(self.BN, mean[:, self.n_instance :], variance[:, self.n_instance :], n_pixels, self.sync)
+        batch = batch_moments(self.BN, mean[:, self.n_instance :], variance[:, self.n_instance :], n_pixels, sync=self.sync)
         mean, variance = (
             torch.cat([own[:, : self.n_instance], pooled.expand(len(own), -1)], 1)
             for own, pooled in zip((mean, variance), batch, strict=True)
@@ -153,6 +157,7 @@ def batch_moments(
     mean: Tensor,  # `(B, C)`
     variance: Tensor,  # biased, `(B, C)`
     n_pixels: int,  # H·W
+    *,
     sync: bool = False,  # pool over all processes
 ) -> tuple[Tensor, Tensor]:  # `(1, C)` each
     "Pool over the batch and update the running statistics in training; return the running statistics in evaluation."
@@ -168,7 +173,7 @@ def batch_moments(
     return pooled_mean, pooled_variance
 
 # %% ../../nbs/20_norms.ipynb #cell-29
-PARTS = {"in+ln+bn": 3, "in+bn": 2}  # moments that SwitchNorm2d blends → number of softmax weights
+STATISTICS = {"in+ln+bn": 3, "in+bn": 2}  # moments that SwitchNorm2d blends → number of softmax weights
 
 
 class SwitchNorm2d(nn.Module):
@@ -176,31 +181,31 @@ class SwitchNorm2d(nn.Module):
 
     def __init__(
         self,
-        channels: int,  # C
-        parts: str = "in+ln+bn",  # the authors' code; "in+bn" is the paper's wording
+        num_features: int,  # C
         eps: float = 1e-5,  # added to the variance
+        *,
+        statistics: str = "in+ln+bn",  # a key of `STATISTICS`: the authors' code; "in+bn" is the paper's wording
         momentum: float = 0.9,  # weight of the *old* running statistics, as in the public SN
         sync: bool = False,  # pool batch moments over all processes
     ):
         super().__init__()
-        if parts not in PARTS:
-            raise ValueError(f"parts is {parts!r}: wanted one of {', '.join(PARTS)}")
-        self.parts, self.eps, self.momentum, self.sync = parts, eps, momentum, sync
-        self.weight = nn.Parameter(torch.ones(1, channels, 1, 1))
-        self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
-        self.mean_weight = nn.Parameter(torch.ones(PARTS[parts]))
-        self.var_weight = nn.Parameter(torch.ones(PARTS[parts]))
-        self.register_buffer("running_mean", torch.zeros(1, channels, 1))
-        self.register_buffer("running_var", torch.zeros(1, channels, 1))
+        check_choice("statistics", statistics, tuple(STATISTICS))
+        self.statistics, self.eps, self.momentum, self.sync = statistics, eps, momentum, sync
+        self.weight = nn.Parameter(torch.ones(1, num_features, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(1, num_features, 1, 1))
+        self.mean_weight = nn.Parameter(torch.ones(STATISTICS[statistics]))
+        self.var_weight = nn.Parameter(torch.ones(STATISTICS[statistics]))
+        self.register_buffer("running_mean", torch.zeros(1, num_features, 1))
+        self.register_buffer("running_var", torch.zeros(1, num_features, 1))
 
     def forward(self, x: Tensor) -> Tensor:  # `(B, C, H, W)` to the same
         pool = partial(self.pool, n_pixels=x.shape[2:].numel())
-        return normalize(x, pool, self.weight.flatten(), self.bias.flatten(), self.eps)
+        return normalize(x, pool, self.weight.flatten(), self.bias.flatten(), eps=self.eps)
 
     def pool(self, mean: Tensor, variance: Tensor, n_pixels: int) -> tuple[Tensor, Tensor]:  # `(B, C)` each
         "Blend the instance, layer and batch moments."
         variance = variance * (n_pixels / max(n_pixels - 1, 1))  # unbiased; one pixel has no spread: 0, not 0/0
-        layer = [pool_moments(mean, variance, 1)] if self.parts == "in+ln+bn" else []
+        layer = [pool_moments(mean, variance, 1)] if self.statistics == "in+ln+bn" else []
         means, variances = zip((mean, variance), *layer, self.batch_moments(mean, variance), strict=True)
         return blend(self.mean_weight, means), blend(self.var_weight, variances)
 
@@ -230,7 +235,7 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         pool = partial(batch_moments, self, n_pixels=x.shape[2:].numel(), sync=True)
-        return normalize(x, pool, self.weight, self.bias, self.eps)
+        return normalize(x, pool, self.weight, self.bias, eps=self.eps)
 
 
 def sync_norms(

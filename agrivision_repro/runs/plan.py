@@ -55,7 +55,7 @@ def _tiles_left(
 def kind_of(run: Run) -> Run:
     "Return the Run with fixed values in all fields that do not change the cost of a tile."
     old = run.recipe
-    shape = {"batch_size": old.batch_size, "parts": old.parts, "crop": old.crop, "width": old.width}
+    shape = {"batch_size": old.batch_size, "micro_batches": old.micro_batches, "crop": old.crop, "width": old.width}
     recipe = Recipe(1, 1_000, 0, pretrained=False, **shape)  # long enough to time, too short to be compiled
     channels = "rgb" if len(CHANNELS[run.channels]) == 3 else "rgbn"
     alike = {"farm": None, "seed": 0, "statistics": "imagenet", "dice": float(run.dice > 0), "lovasz": float(run.lovasz > 0)}
@@ -111,8 +111,9 @@ def time_steps(
     seconds: float = 5.0,  # after which no larger batch is tried
 ) -> Throughput:
     "Time training steps and forward passes, on as many tiles as time and memory allow."
-    trainer = Trainer(build_model(kind), build_loss(kind), replace(kind.recipe, parts=1), 0, engine)
-    n_part, n_tiles, pace, began = kind.recipe.batch_size // kind.recipe.parts, 1, None, time.perf_counter()
+    trainer = Trainer(build_model(kind), build_loss(kind), replace(kind.recipe, micro_batches=1), seed=0, engine=engine)
+    largest = kind.recipe.batch_size // kind.recipe.micro_batches
+    n_tiles, pace, began = 1, None, time.perf_counter()
     while True:
         try:
             batch = make_up_batch(kind, side, n_tiles, engine.device)
@@ -126,9 +127,9 @@ def time_steps(
                 raise ValueError(f"one tile of {side}² does not fit into device memory: use a larger device, or --device cpu") from error
             return pace._replace(is_full=False)
         pace = Throughput(train, score, n_tiles, True)
-        if n_tiles == n_part or time.perf_counter() - began > seconds:
+        if n_tiles == largest or time.perf_counter() - began > seconds:
             return pace
-        n_tiles = min(2 * n_tiles, n_part)
+        n_tiles = min(2 * n_tiles, largest)
 
 
 def _pace_all(
@@ -327,7 +328,7 @@ def _list_notes(runs: Sequence[Run], engine: Engine, paces: Sequence[Throughput]
     elif paces:
         notes.append("timed without torch.compile, which long runs use: they are likely faster")
     if any(not pace.is_full for pace in paces):
-        notes.append("a batch does not fit into this device's memory: use micro-batches (recipe.parts), or several devices")
+        notes.append("a batch does not fit into this device's memory: use micro-batches (recipe.micro_batches), or several devices")
     timed = [pace.n_tiles for pace in paces if pace.n_tiles]
     if timed:
         sizes = " or ".join(str(n) for n in sorted(set(timed)))

@@ -77,7 +77,7 @@ class Run:
     channels: str = "rgbn"  # the model's input: a key of `batches.CHANNELS`
     statistics: str = "imagenet"  # for normalizing channels; "dataset": those of the training tiles
     depth: int = 101  # of the ResNet
-    norm: str = "bn"  # `bn`, `ibn_a`, `ibn_b`, `ibn_s`
+    norm: str = "bn"  # a key of `backbones.NORMS`
     dice: float = 1.0  # lambda 1 of eq. 10
     lovasz: float = 0.0  # lambda 2 of eq. 10
     bce_over_valid: bool = False  # see `losses.bce_loss`
@@ -138,8 +138,8 @@ def build_model(run: Run) -> DeepLabV3Plus:
     "Make the model of a Run in its initial state."
     torch.manual_seed(run.seed)
     return DeepLabV3Plus(
-        len(run.edition.classes), run.depth, run.norm, len(CHANNELS[run.channels]), run.output_stride,
-        run.low_level, run.recipe.width, run.recipe.pretrained, run.multigrid,
+        len(run.edition.classes), run.depth, run.norm, in_chans=len(CHANNELS[run.channels]), output_stride=run.output_stride,
+        low_level=run.low_level, width=run.recipe.width, pretrained=run.recipe.pretrained, multigrid=run.multigrid,
     )  # fmt: skip
 
 

@@ -74,7 +74,7 @@ class Result:
     checkpoints: dict = field(compare=False)  # scores.json: "last" and "best" → iteration, scores
 
     @property
-    def scores(self) -> dict:  # test input → metric → per_class, mean, floor
+    def scores(self) -> dict:  # test input → metric → per_class, mean, background_only
         "Return the scores of the last weights."
         return self.checkpoints["last"]["scores"]
 

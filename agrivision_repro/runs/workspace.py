@@ -181,8 +181,8 @@ class Workspace:
 def _train_run(run: Run, workspace: Workspace, engine: Engine, folder: Path, title: str) -> None:
     "Train and score a Run and complete its folder; if it fails or is stopped, note that in its record."
     accelerator, began = engine.accelerator, time.monotonic()
-    trainer = Trainer(build_model(run), build_loss(run), run.recipe, run.seed, engine, run.sync_switch)
-    record = {"run": asdict(run), "title": run.title, **provenance(engine), "parts": trainer.n_parts, "speed": trainer.speed}
+    trainer = Trainer(build_model(run), build_loss(run), run.recipe, seed=run.seed, engine=engine, sync_switch=run.sync_switch)
+    record = {"run": asdict(run), "title": run.title, **provenance(engine), "micro_batches": trainer.n_micro_batches, "speed": trainer.speed}
 
     def keep(**more: object) -> None:
         if accelerator.is_main_process:
@@ -209,7 +209,7 @@ def _score_inputs(
     tests: dict[str, TileDataset],  # test input → tiles
     engine: Engine,
     tta: str = "none",  # a key of `training.TTA`
-) -> tuple[dict, np.ndarray]:  # test input → metric → per_class, mean, floor; counts of `read_tiles`
+) -> tuple[dict, np.ndarray]:  # test input → metric → per_class, mean, background_only; counts of `read_tiles`
     "Score a model on all its test inputs."
     scored = {channels: score_tiles(model, test, engine, tta) for channels, test in tests.items()}
     return {channels: scores for channels, (scores, _) in scored.items()}, torch.stack([tiles for _, tiles in scored.values()]).numpy()
@@ -244,7 +244,8 @@ def _train_and_score(run: Run, workspace: Workspace, trainer: Trainer, folder: P
         some = ", ".join(left_out[:3]) + (", …" if len(left_out) > 3 else "")
         print(f"{len(left_out)} tiles of {run.shared_places} are left out because both splits show their places: {some}", file=sys.stderr)
     accelerator.init_trackers("agrivision_repro", {"title": run.title})
-    fit(trainer, feed, state, tests[run.channels if run.channels in tests else run.test_inputs[0]], title, workspace.save_every)
+    validation = tests[run.channels if run.channels in tests else run.test_inputs[0]]
+    fit(trainer, feed, state, validation=validation, title=title, save_every=workspace.save_every)
     for tracker in accelerator.trackers:
         tracker.finish()
     iterations = {"last": trainer.iteration, "best": max(trainer.evaluations, key=lambda e: e[1])[0]}
@@ -252,7 +253,7 @@ def _train_and_score(run: Run, workspace: Workspace, trainer: Trainer, folder: P
         save_state(trainer, state)
         save_tensors(trainer.bare_model.state_dict(), folder / CHECKPOINTS["last"], iteration=iterations["last"])
         replace_file(folder / CHECKPOINTS["best"], lambda p: shutil.copyfile(state.with_name("best.safetensors"), p))
-        replace_file(folder / "history.csv", history_table(trainer.history, trainer.loss).to_csv)
+        replace_file(folder / "history.csv", history_table(trainer).to_csv)
     keep(evaluations=trainer.evaluations)
     accelerator.wait_for_everyone()
     return _score_checkpoints(trainer, tests, folder, iterations)
@@ -263,7 +264,7 @@ def score_again(
     workspace: Workspace,
     checkpoint: str = "last",  # or "best"
     tta: str = "none",  # a key of `training.TTA`
-) -> dict:  # test input → metric → per_class, mean, floor
+) -> dict:  # test input → metric → per_class, mean, background_only
     "Score weights with another checkpoint or augmentation; save the scores, and the counts of the tiles if missing, in the folder."
     result, path = read_result(folder), folder / f"scores-{checkpoint}-{tta}.json"
     check_choice("tta", tta, tuple(TTA))

@@ -22,7 +22,7 @@ from agrivision_repro.training.evaluate import METRICS
 
 def modality_scores(
     results: Sequence[Result],  # of `tables.table1`
-) -> pd.DataFrame:  # means over classes in %; columns metric, trained_on, tested_on, mean, sd, n, floor, paper
+) -> pd.DataFrame:  # means over classes in %; columns metric, trained_on, tested_on, mean, sd, n, background_only, paper
     "Average Table 1's scores over seeds."
     rows = []
     for metric in METRICS:
@@ -30,10 +30,10 @@ def modality_scores(
             own = [r.scores for r in results if r.run.channels == trained]
             for tested in TABLE1.index:
                 values = [100 * s[tested][metric]["mean"] for s in own]
-                floor = 100 * own[0][tested][metric]["floor"]
+                background = 100 * own[0][tested][metric]["background_only"]
                 paper = TABLE1.loc[tested, trained] if metric == "multilabel" else np.nan
-                rows.append((metric, trained, tested, np.mean(values), spread(values), len(values), floor, paper))
-    return pd.DataFrame(rows, columns=["metric", "trained_on", "tested_on", "mean", "sd", "n", "floor", "paper"])
+                rows.append((metric, trained, tested, np.mean(values), spread(values), len(values), background, paper))
+    return pd.DataFrame(rows, columns=["metric", "trained_on", "tested_on", "mean", "sd", "n", "background_only", "paper"])
 
 
 MODALITY = {"rgb": "RGB", "nir3": "NIR"}
@@ -61,7 +61,7 @@ def modality_table(
             here[title, "Perf. decay"] = format_score(cells.loc[trained, "mean"] - cells.loc[other, "mean"])
             papers[title, "Perf. decay"] = format_paper(cells.loc[trained, "paper"] - cells.loc[other, "paper"])
             here[title, "Baseline: background everywhere"], papers[title, "Baseline: background everywhere"] = (
-                format_score(cells.loc[trained, "floor"]),
+                format_score(cells.loc[trained, "background_only"]),
                 "–",
             )
         columns |= {f"Here: train on {name}": here, f"Paper: train on {name}": papers}

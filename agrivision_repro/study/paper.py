@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import pandas as pd
 
 # %% auto #0
-__all__ = ['TABLE1', 'TABLE1_DECAY', 'CLASSES', 'TABLE2', 'TABLE3', 'SCHEDULE', 'CLAIMS', 'ROUNDING', 'UNSUPPORTED', 'Claim',
-           'check_arithmetic']
+__all__ = ['TABLE1', 'TABLE1_DECAY', 'CLASSES', 'TABLE2', 'PAPER_NORMS', 'TABLE3', 'SCHEDULE', 'CLAIMS', 'ROUNDING',
+           'UNSUPPORTED', 'Claim', 'check_arithmetic']
 
 # %% ../../nbs/00_paper.ipynb #cell-05
 TABLE1 = pd.DataFrame(
@@ -36,6 +36,7 @@ TABLE2 = pd.DataFrame.from_dict(
     columns=[*CLASSES, "mean"],
 )  # IoU in %; row: depth and norm of the backbone
 TABLE2.index = pd.MultiIndex.from_tuples(TABLE2.index, names=["depth", "norm"])
+PAPER_NORMS = tuple(TABLE2.index.unique("norm"))  # bn, ibn_a, ibn_b, ibn_s
 
 # %% ../../nbs/00_paper.ipynb #cell-11
 TABLE3 = pd.DataFrame.from_dict(

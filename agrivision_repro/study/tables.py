@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import agrivision_repro
-from agrivision_repro.models.backbones import NORMS
 from agrivision_repro.runs.run import Run, plan_run
 from agrivision_repro.runs.workspace import Workspace
+from agrivision_repro.study.paper import PAPER_NORMS
 
 
 def table1(
@@ -47,7 +47,7 @@ def fig2(
 ) -> list[Run]:
     "Return the Runs of Figure 2, and of the nets that we add: each net on RGB and on NIR."
     own = {"scale": scale, "data": data, "dice": float(lambda1), "lovasz": float(lambda2)}
-    return [plan_run(**own, channels=c, norm=norm, seed=seed) for seed in check_seeds(seeds) for norm in NORMS for c in ("rgb", "nir3")]
+    return [plan_run(**own, channels=c, norm=norm, seed=seed) for seed in check_seeds(seeds) for norm in PAPER_NORMS for c in ("rgb", "nir3")]
 
 
 def table2(
@@ -56,7 +56,7 @@ def table2(
     seeds: Sequence[int] = (0,),  # one run of each kind per seed
 ) -> list[Run]:
     "Return the Runs of Table 2: eight backbones with BCE + Dice on NRGB; beyond the paper, the best one on other channels."
-    nets = [(depth, norm, "rgbn") for depth in (50, 101) for norm in NORMS] + [(101, "ibn_s", c) for c in ("rgbr", "rgb", "nir3")]
+    nets = [(depth, norm, "rgbn") for depth in (50, 101) for norm in PAPER_NORMS] + [(101, "ibn_s", c) for c in ("rgbr", "rgb", "nir3")]
     return [plan_run(scale, data, seed=s, depth=d, norm=n, channels=c) for s in check_seeds(seeds) for d, n, c in nets]
 
 

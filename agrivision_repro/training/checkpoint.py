@@ -14,7 +14,7 @@ from torch import Tensor
 from agrivision_repro.core import replace_file
 
 
-def checksum(tensors: dict[str, Tensor]) -> str:
+def tensor_checksum(tensors: dict[str, Tensor]) -> str:
     "Compute a checksum of the bytes of tensors in the order of their names."
     total = 0
     for name in sorted(tensors):
@@ -30,7 +30,7 @@ def save_tensors(
 ) -> None:
     "Write tensors, replacing the file atomically."
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    described = json.dumps({"checksum": checksum(tensors), **metadata})
+    described = json.dumps({"checksum": tensor_checksum(tensors), **metadata})
     replace_file(path, lambda fresh: save_file(tensors, fresh, {"record": described}))  # one entry: the order of several is not defined
 
 
@@ -44,7 +44,7 @@ def read_tensors(
         metadata = read_metadata(path)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a complete safetensors file ({error}): remove it to restart its run") from error
-    if metadata["checksum"] != checksum(tensors):
+    if metadata["checksum"] != tensor_checksum(tensors):
         raise ValueError(f"{path} is damaged, its checksum differs from the saved one: remove it to restart its run")
     return tensors, metadata
 

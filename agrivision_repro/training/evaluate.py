@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from agrivision_repro.data.batches import INVERSE, TileDataset, scoring_loader, turn
-from agrivision_repro.metrics import AveragePrecision, ChallengeIoU, ClassMetric, MultilabelIoU
+from agrivision_repro.metrics import AveragePrecision, ChallengeIoU, ClassMetric, MultilabelIoU, tile_overlap
 from agrivision_repro.training.engine import Engine
 
 METRICS: dict[str, Callable[[int], ClassMetric]] = {
@@ -29,7 +29,7 @@ def score_tiles(
     feed: TileDataset,
     engine: Engine,
     tta: str = "none",  # a key of `TTA`
-) -> tuple[dict[str, dict], Tensor]:  # as `score`; multi-label intersection and union, pixels, `(N, C, 2)` int64, on the CPU
+) -> tuple[dict[str, dict], Tensor]:  # as `score_model`; multi-label intersection and union, pixels, `(N, C, 2)` int64, on the CPU
     "Compute all metrics of a model on whole tiles, and the intersection and union of each tile."
     if tta not in TTA:
         raise ValueError(f"tta is {tta!r}: wanted one of {', '.join(TTA)}")
@@ -41,22 +41,22 @@ def score_tiles(
         logits = sum(turn(engine.predict(model, turn(batch.x, e)).float(), INVERSE[e]) for e in TTA[tta]) / len(TTA[tta])
         for metric in metrics.values():
             metric.update(logits, batch.targets, batch.valid)
-        tiles[batch.index] = metrics["multilabel"].latest
-    scores = {name: _summarise(metric) for name, metric in metrics.items()}
+        tiles[batch.index] = tile_overlap(logits, batch.targets, batch.valid)
+    scores = {name: _summarize(metric) for name, metric in metrics.items()}
     return scores, engine.accelerator.reduce(tiles, "sum").cpu()  # 0 for the tiles of other processes
 
 
-def score(
+def score_model(
     model: nn.Module,
     feed: TileDataset,
     engine: Engine,
     tta: str = "none",  # a key of `TTA`
-) -> dict[str, dict]:  # metric → `per_class` (None: absent), `mean`, `floor`
+) -> dict[str, dict]:  # metric → `per_class` (None: absent), `mean`, `background_only`
     "Compute all metrics of a model on whole tiles."
     return score_tiles(model, feed, engine, tta)[0]
 
 
-def _summarise(metric: ClassMetric) -> dict:  # plain numbers, for a JSON file
+def _summarize(metric: ClassMetric) -> dict:  # plain numbers, for a JSON file
     "Return a metric's result as plain numbers."
     per_class = [None if value != value else value for value in metric.per_class().tolist()]
-    return {"per_class": per_class, "mean": float(metric.compute()), "floor": float(metric.floor())}
+    return {"per_class": per_class, "mean": float(metric.compute()), "background_only": float(metric.background_only())}

@@ -18,16 +18,15 @@ from tqdm import tqdm
 
 from ..core import Stopped, defer_signals
 from ..data.batches import Batch, TileDataset, SampleStream, scoring_loader, thin_out, training_loader
-from ..losses import HybridLoss
 from ..models.norms import recalibrate, sync_norms
 from .checkpoint import read_tensors, save_tensors
 from .engine import Engine, speed_up
-from .evaluate import score
+from .evaluate import score_model
 from .schedule import Recipe, learning_rate
 
 # %% auto #0
-__all__ = ['SAVE_EVERY', 'LOG_EVERY', 'Trainer', 'history_table', 'draw_history', 'save_state', 'load_state', 'fit', 'agree',
-           'recalibrate_norms', 'report_progress', 'check_finite', 'evaluate']
+__all__ = ['SAVE_EVERY', 'LOG_EVERY', 'Trainer', 'history_table', 'draw_history', 'save_state', 'load_state', 'fit',
+           'any_process_signalled', 'recalibrate_norms', 'report_progress', 'check_finite', 'evaluate']
 
 # %% ../../nbs/52_training.ipynb #cell-27
 class Trainer:
@@ -36,25 +35,27 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,  # `(B, in_chans, H, W)` to logits `(B, C, H, W)`
-        loss: HybridLoss,
+        loss: nn.Module,  # logits, targets and valid pixels to a scalar; if it has `terms`, as `HybridLoss`, they are recorded too
         recipe: Recipe,
+        *,
         seed: int,
         engine: Engine,
         sync_switch: bool = False,  # pool SwitchNorm's batch moments over processes too, if there are several
     ):
         self.recipe, self.seed, self.engine, self.loss = recipe, seed, engine, loss
         accelerator, n_processes = engine.accelerator, engine.accelerator.num_processes
-        self.n_parts = max(recipe.parts, n_processes)
-        if self.n_parts % n_processes:
-            raise ValueError(f"a batch in {recipe.parts} parts cannot be split over {n_processes} processes: choose a multiple")
-        n_own = self.n_parts // n_processes
-        self.parts = range(accelerator.process_index * n_own, (accelerator.process_index + 1) * n_own)
+        self.n_micro_batches = n = max(recipe.micro_batches, n_processes)
+        if n % n_processes:
+            raise ValueError(f"{n} micro-batches per batch cannot be split over {n_processes} processes: choose a multiple")
+        first = accelerator.process_index * n // n_processes
+        self.micro_batches = range(first, first + n // n_processes)  # those of this process
         model = sync_norms(model, sync_switch) if n_processes > 1 else model
         self.speed = speed_up(model, engine.device, recipe.iterations)
         sgd = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
         self.model, self.optimizer = accelerator.prepare(model, sgd)
         self.iteration = 0
-        self.history: list[Tensor] = []  # one row per iteration: learning rate, loss, its terms
+        self.columns = ("lr", "loss", *getattr(loss, "term_names", ()))
+        self.history: list[Tensor] = []  # one row per iteration, with these columns
         self.evaluations: list[tuple[int, float]] = []  # iteration, multi-label mIoU on the validation tiles
 
     @property
@@ -62,7 +63,7 @@ class Trainer:
         "Return the model without its DistributedDataParallel wrapper."
         return self.engine.accelerator.unwrap_model(self.model)
 
-    def step(self, batches: Sequence[Batch]) -> Tensor:  # the new row of the history, `(2 + terms,)`, on the device
+    def step(self, batches: Sequence[Batch]) -> Tensor:  # the new row of the history, on the device
         "Train on one batch, given as this process's micro-batches."
         rate = learning_rate(self.recipe, self.iteration)
         for group in self.optimizer.param_groups:
@@ -78,21 +79,19 @@ class Trainer:
 
     def backward(self, batch: Batch, k: int) -> Tensor:  # loss and its terms
         "Add the gradient of one micro-batch; processes synchronize at the last."
-        torch.manual_seed((self.parts[k] << 48) + (self.seed << 32) + self.iteration)  # dropout
-        is_last = k == len(self.parts) - 1
+        torch.manual_seed((self.micro_batches[k] << 48) + (self.seed << 32) + self.iteration)  # dropout
+        is_last = k == len(self.micro_batches) - 1
         with nullcontext() if is_last else self.engine.accelerator.no_sync(self.model):
-            losses = self.loss(self.engine.predict(self.model, batch.x), batch.targets, batch.valid)
-            self.engine.accelerator.backward(losses["loss"] / len(self.parts))
-        return torch.stack(list(losses.values())).detach()
+            pixels = self.engine.predict(self.model, batch.x), batch.targets, batch.valid
+            terms = self.loss.terms(*pixels) if hasattr(self.loss, "term_names") else {}
+            loss = self.loss.combine(terms) if terms else self.loss(*pixels)
+            self.engine.accelerator.backward(loss / len(self.micro_batches))
+        return torch.stack([loss, *terms.values()]).detach()
 
 # %% ../../nbs/52_training.ipynb #cell-28
-def history_table(
-    rows: Sequence[Tensor],  # of `Trainer.history`
-    loss: HybridLoss,
-) -> pd.DataFrame:  # a row per iteration, from 1
-    "Return the history as a table."
-    columns = ["lr", "loss", *loss.parts]
-    table = pd.DataFrame(torch.stack(list(rows)).cpu().numpy(), columns=columns)
+def history_table(trainer: Trainer) -> pd.DataFrame:  # a row per iteration, from 1
+    "Return the history of a trainer: learning rate, loss and its terms."
+    table = pd.DataFrame(torch.stack(trainer.history).cpu().numpy(), columns=trainer.columns)
     return table.set_index(pd.RangeIndex(1, len(table) + 1, name="iteration"))
 
 
@@ -143,6 +142,7 @@ def fit(
     trainer: Trainer,  # fresh, or with a state loaded
     feed: TileDataset,
     state: Path,  # file of the state; the best weights are saved beside it
+    *,
     validation: TileDataset | None = None,  # scored every `evaluate_every` iterations
     title: str = "",  # label of the progress bar
     save_every: int = SAVE_EVERY,  # iterations
@@ -151,14 +151,15 @@ def fit(
     recipe, accelerator = trainer.recipe, trainer.engine.accelerator
     stream = SampleStream(feed.tiles, trainer.seed, recipe.crop, recipe.augmentation, feed.weights)
     prepare, last = feed.prepare(trainer.engine.device), recipe.iterations
-    loader = training_loader(stream, recipe.batch_size, trainer.iteration, last, prepare, trainer.parts, trainer.n_parts)
+    shares = {"micro_batches": trainer.micro_batches, "n_micro_batches": trainer.n_micro_batches}
+    loader = training_loader(stream, recipe.batch_size, trainer.iteration, last, prepare=prepare, **shares)
     counts = {"total": last * recipe.batch_size, "initial": trainer.iteration * recipe.batch_size, "unit": "tile"}
     shown = {"desc": title, "leave": False, "dynamic_ncols": True, "disable": not accelerator.is_main_process}
     trainer.model.train()
-    with defer_signals() as came, tqdm(**counts, **shown) as bar:
-        for batches in zip(*[loader] * len(trainer.parts), strict=True):
+    with defer_signals() as received, tqdm(**counts, **shown) as bar:
+        for batches in zip(*[loader] * len(trainer.micro_batches), strict=True):
             row = trainer.step(batches)
-            signum = agree(came, trainer.engine)
+            signum = any_process_signalled(received, trainer.engine)
             is_kept = trainer.iteration % save_every == 0 or signum > 0
             if is_kept or trainer.iteration % LOG_EVERY == 0 or trainer.iteration == last:
                 check_finite(trainer, stream)
@@ -174,9 +175,9 @@ def fit(
             bar.update(recipe.batch_size)
 
 # %% ../../nbs/52_training.ipynb #cell-38
-def agree(came: list[int], engine: Engine) -> int:  # signal number; 0: none received
+def any_process_signalled(received: list[int], engine: Engine) -> int:  # signal number; 0: none received
     "Return the signal that any process received, so that all stop at the same iteration."
-    signum = max(came, default=0)
+    signum = max(received, default=0)
     if engine.accelerator.num_processes == 1:
         return signum
     return int(engine.accelerator.gather(torch.tensor([signum], device=engine.device)).max())
@@ -192,10 +193,10 @@ def recalibrate_norms(trainer: Trainer, feed: TileDataset) -> None:
 
 def report_progress(trainer: Trainer, bar: tqdm, row: Tensor) -> None:
     "Show the latest row of the history in the progress bar and log it to the trackers."
-    rate, *losses = row.tolist()
-    values = dict(zip(("loss", *trainer.loss.parts), losses, strict=True))
+    values = dict(zip(trainer.columns, row.tolist(), strict=True))
+    trainer.engine.accelerator.log(values, step=trainer.iteration)
+    rate = values.pop("lr")
     bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()} | {"lr": f"{rate:.2g}"}, refresh=False)
-    trainer.engine.accelerator.log(values | {"lr": rate}, step=trainer.iteration)
 
 
 def check_finite(trainer: Trainer, stream: SampleStream) -> None:
@@ -216,7 +217,7 @@ def evaluate(trainer: Trainer, validation: TileDataset, best: Path) -> None:
     if trainer.engine.accelerator.num_processes > 1:
         for buffer in trainer.bare_model.buffers():  # SwitchNorm's differ between processes: the first process's are saved, so score those
             distributed.broadcast(buffer, 0)
-    mean = score(trainer.bare_model, validation, trainer.engine)["multilabel"]["mean"]
+    mean = score_model(trainer.bare_model, validation, trainer.engine)["multilabel"]["mean"]
     trainer.model.train()
     is_best = all(mean > earlier for _, earlier in trainer.evaluations)
     trainer.evaluations.append((trainer.iteration, mean))

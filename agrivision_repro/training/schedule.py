@@ -32,7 +32,7 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 5e-4  # on every parameter, as in the authors' code
     batch_size: int = 32
-    parts: int = 1  # micro-batches per batch, each with its own loss; 2 is the authors' 2 × 16; at least one per process
+    micro_batches: int = 1  # per batch, each with its own loss; 2 is the authors' 2 × 16; at least one per process
     crop: int = 0  # side of random square crops, pixels; 0: whole tiles, the authors' 512²
     augmentation: str = "d4"  # one of `batches.AUGMENTATIONS`
     sampler: str = "shuffle"  # one of `batches.SAMPLERS`

@@ -218,7 +218,7 @@ def test_two_processes_are_one(tmp_path, cut):
 @pytest.mark.parametrize("depth", [18, 50, 101])
 def test_relu_layers_of_our_models(depth, norm):
     "Stem and block outputs are what the stem's and each block's last activation give."
-    model = DeepLabV3Plus(3, depth, norm, 3, width=1 / 16).eval()
+    model = DeepLabV3Plus(3, depth, norm, in_chans=3, width=1 / 16).eval()
     layers = find_relu_layers(model)
     assert len(layers) == {18: 9, 50: 17, 101: 34}[depth]
     assert layers[0] == "backbone.act1" and layers[-1].startswith("backbone.layer4.")

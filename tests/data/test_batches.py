@@ -33,13 +33,13 @@ def tiles(tmp_path_factory):
 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
 def test_samples_depend_on_position_alone(augmentation, tiles, tmp_path):
-    "From files and from a pack, one thread or many, from the start or resumed, whole or in parts: the same bytes."
+    "From files and from a pack, one thread or many, from the start or resumed, whole or in micro-batches: the same bytes."
     weights = rare_class_weights(count_tiles(tiles, n_workers=1))
     sources = tiles, pack_split(tiles, tmp_path / "packed", n_workers=1)
     streams = [SampleStream(source, 5, 48, augmentation, weights) for source in sources]
     loads = [list(training_loader(stream, 4, 0, 12)) for stream in streams]
     loads.append(list(training_loader(streams[1], 4, 0, 7)) + list(training_loader(streams[0], 4, 7, 12)))
-    halves = list(training_loader(streams[0], 4, 0, 12, parts=(0, 1), n_parts=2))
+    halves = list(training_loader(streams[0], 4, 0, 12, micro_batches=(0, 1), n_micro_batches=2))
     loads.append([type(a)(*(torch.cat(pair) for pair in zip(a, b, strict=True))) for a, b in zip(halves[::2], halves[1::2], strict=True)])
     for other in loads[1:]:
         for ours, theirs in zip(loads[0], other, strict=True):

@@ -24,22 +24,18 @@ from agrivision_repro.runs.run import plan_run
 from agrivision_repro.runs.workspace import Workspace
 from agrivision_repro.training.checkpoint import save_tensors
 from agrivision_repro.training.engine import Engine, make_engine
-from agrivision_repro.training.evaluate import score, score_tiles
+from agrivision_repro.training.evaluate import score_model, score_tiles
 from agrivision_repro.training.loop import Trainer
 from agrivision_repro.training.schedule import Recipe
 
 RECIPE = Recipe(1, 2, 1, lr=0.05, batch_size=8, crop=32, width=1 / 16, pretrained=False)
 
 
-class Halves(nn.Module):
-    "The mean of a loss over the two halves of a batch."
+class Halves(HybridLoss):
+    "The mean of the hybrid loss over the two halves of a batch."
 
-    def __init__(self, loss: HybridLoss):
-        super().__init__()
-        self.loss, self.parts = loss, loss.parts
-
-    def forward(self, *tensors: Tensor) -> dict[str, Tensor]:
-        first, second = (self.loss(*(t.chunk(2)[k] for t in tensors)) for k in range(2))
+    def terms(self, *tensors: Tensor) -> dict[str, Tensor]:
+        first, second = (HybridLoss.terms(self, *(t.chunk(2)[k] for t in tensors)) for k in range(2))
         return {name: (first[name] + second[name]) / 2 for name in first}
 
 
@@ -56,7 +52,7 @@ class Wide(nn.Module):
 
 def make_model(norm: str) -> nn.Module:
     torch.manual_seed(0)
-    model = DeepLabV3Plus(7, 26, norm, 4, 16, 1, RECIPE.width, False, False)
+    model = DeepLabV3Plus(7, 26, norm, width=RECIPE.width, multigrid=False)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -64,13 +60,14 @@ def make_model(norm: str) -> nn.Module:
 
 
 def train(norm: str, loss: nn.Module, feed: TileDataset, engine: Engine, out: Path) -> None:
-    trainer = Trainer(make_model(norm), loss, RECIPE, 0, engine, sync_switch=True)
+    trainer = Trainer(make_model(norm), loss, RECIPE, seed=0, engine=engine, sync_switch=True)
     stream = SampleStream(feed.tiles, 0, 32)
-    loader = training_loader(stream, 8, 0, RECIPE.iterations, feed.prepare("cpu"), trainer.parts, trainer.n_parts)
+    shares = {"micro_batches": trainer.micro_batches, "n_micro_batches": trainer.n_micro_batches}
+    loader = training_loader(stream, 8, 0, RECIPE.iterations, prepare=feed.prepare("cpu"), **shares)
     trainer.model.train()
     for batch in loader:
         trainer.step([batch])
-    scores = score(trainer.bare_model, feed, engine)
+    scores = score_model(trainer.bare_model, feed, engine)
     if engine.accelerator.is_main_process:
         save_tensors(trainer.bare_model.state_dict() | {"history": torch.stack(trainer.history)}, out.with_suffix(".safetensors"))
         out.with_suffix(".json").write_text(json.dumps(scores))
@@ -82,7 +79,7 @@ def train_small_models(out: Path, engine: Engine) -> None:
     is_alone = engine.accelerator.num_processes == 1
     for norm in NORMS:
         train(norm, HybridLoss(0, 0), feed, engine, out / f"{norm}-bce")
-        train(norm, Halves(HybridLoss(1, 1)) if is_alone else HybridLoss(1, 1), feed, engine, out / f"{norm}-hybrid")
+        train(norm, (Halves if is_alone else HybridLoss)(1, 1), feed, engine, out / f"{norm}-hybrid")
 
 
 def score_untrained(out: Path, engine: Engine) -> None:

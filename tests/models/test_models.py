@@ -27,14 +27,14 @@ TINY = 1 / 16  # of the width
 def test_contract(depth, norm, in_chans):
     "Forward, backward, state-dict round trip, half precision, batch of one, odd sizes."
     torch.manual_seed(0)
-    model = DeepLabV3Plus(3, depth, norm, in_chans, width=TINY)
+    model = DeepLabV3Plus(3, depth, norm, in_chans=in_chans, width=TINY)
     odd = torch.randn(1, in_chans, 45, 67)
     model(odd).square().mean().backward()  # in training, a batch of one
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
     torch.manual_seed(1)
-    twin = DeepLabV3Plus(3, depth, norm, in_chans, width=TINY)
+    twin = DeepLabV3Plus(3, depth, norm, in_chans=in_chans, width=TINY)
     twin.load_state_dict(model.state_dict())
     model, twin = model.eval(), twin.eval()
     wanted = model(odd)
@@ -85,7 +85,7 @@ def test_layout_and_capture_change_no_result(norm):
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_norms_change_no_result():
     torch.manual_seed(0)
-    model = nn.Sequential(SwitchNorm2d(8), nn.ReLU(inplace=True), InstanceBatchNorm2d(8), SwitchNorm2d(8, "in+bn")).double()
+    model = nn.Sequential(SwitchNorm2d(8), nn.ReLU(inplace=True), InstanceBatchNorm2d(8), SwitchNorm2d(8, statistics="in+bn")).double()
     x = torch.randn(3, 8, 9, 11).double()
     torch.testing.assert_close(results_of(model, torch.compile(model), x), results_of(model, model, x), rtol=1e-7, atol=1e-9)
 
@@ -115,7 +115,7 @@ def test_in_other_libraries():
         ({"output_stride": 32}, "output_stride is 32: wanted one of 16, 8"),
         ({"in_chans": 5}, "in_chans is 5: wanted one of 3, 4"),
         ({"low_level": 2}, "low_level is 2: wanted one of 1, 3"),
-        ({"depth": 18, "pretrained": True}, "no ImageNet weights for depth 18: use 50 or 101"),
+        ({"depth": 18, "pretrained": True}, "no ImageNet weights for depth 18 with bn: wanted one of resnet50_bn, resnet101_bn"),
         ({"width": 0.5, "pretrained": True}, "set width=1 or pretrained=False"),
     ],
 )
@@ -133,7 +133,8 @@ def test_wrong_number_of_channels():
 
 def make_norms(sync: bool) -> nn.Sequential:
     torch.manual_seed(0)
-    norms = nn.Sequential(SwitchNorm2d(6, sync=sync), InstanceBatchNorm2d(6, sync=sync), SwitchNorm2d(6, "in+bn", sync=sync)).double()
+    both = SwitchNorm2d(6, statistics="in+bn", sync=sync)
+    norms = nn.Sequential(SwitchNorm2d(6, sync=sync), InstanceBatchNorm2d(6, sync=sync), both).double()
     for parameter in norms.parameters():
         nn.init.normal_(parameter)
     return norms
@@ -172,7 +173,7 @@ def test_branches_speak(norm):
     "Right after the start and after a short run, each branch has at least a tenth of the spread of the identity beside it."
     recipe = Recipe(8, 8, 14, lr=0.05, batch_size=4, width=1 / 8, pretrained=False)
     kind = Run(recipe, channels="rgb", norm=norm, lovasz=1.0)
-    trainer = Trainer(build_model(kind), build_loss(kind), recipe, 0, make_engine("cpu", "float32"))
+    trainer = Trainer(build_model(kind), build_loss(kind), recipe, seed=0, engine=make_engine("cpu", "float32"))
     batch = make_up_batch(kind, 64, 4, torch.device("cpu"))
     for n_steps in (0, recipe.iterations):
         for _ in range(n_steps):

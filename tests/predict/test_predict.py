@@ -29,7 +29,7 @@ from agrivision_repro.predict.submission import CHALLENGE_CLASSES, check_submiss
 from agrivision_repro.predict.windows import blend_weights, load_predictor, predict_image, predict_strips, turn_image
 from agrivision_repro.runs.run import plan_run
 from agrivision_repro.runs.workspace import Workspace
-from agrivision_repro.training.evaluate import score
+from agrivision_repro.training.evaluate import score_model
 
 needs_rasterio = pytest.mark.skipif(find_rasterio() is None, reason="rasterio, of the extra geo, is not installed")
 
@@ -189,9 +189,9 @@ def test_turning_equals_that_of_batches():
 
 @pytest.mark.parametrize("tta", ["none", "d4"])
 def test_predictions_score_what_scoring_scores(tta, result, workspace, predictor):
-    "The multi-label IoU of the bits and of `training.score` are the same counts."
+    "The multi-label IoU of the bits and of `training.evaluate.score_model` are the same counts."
     feed = workspace.feed(result.run, "val")
-    expected = score(predictor.model, feed, predictor.engine, tta)["multilabel"]["per_class"]
+    expected = score_model(predictor.model, feed, predictor.engine, tta)["multilabel"]["per_class"]
     turned = load_predictor(result, tta=tta, device="cpu", precision="float32")
     hits, union = np.zeros(7), np.zeros(7)
     for tile in feed.tiles:

@@ -21,14 +21,16 @@ from torch import nn
 net = create_backbone(18, "ibn_g", in_chans=4, width=1 / 4)
 assert sum(isinstance(m, nn.GroupNorm) for m in net.modules()) == 6
 assert net(torch.randn(2, 4, 32, 32)).shape[:2] == (2, 128) and "resnet50_ibn_g" in timm.list_models()
+from agrivision_repro.study.tables import TABLES
+assert {run.norm for run in TABLES["table2_backbones"]()} == {"bn", "ibn_a", "ibn_b", "ibn_s"}
 """,
     "A loss": """
 import torch
 from agrivision_repro.losses import HybridLoss
 logits, targets, valid = torch.zeros(1, 1, 1, 2), torch.tensor([[[[1, 0]]]]), torch.tensor([[[True, False]]])
-parts = HybridLoss(bce=0, dice=0, lovasz=0, focal=2)(logits, targets, valid)
-assert parts.keys() == {"loss", "focal"} and torch.isclose(parts["loss"], torch.log(torch.tensor(2.0)) / 4 / 2)
-assert HybridLoss().parts == ("bce", "dice", "lovasz")
+loss = HybridLoss(bce=0, dice=0, lovasz=0, focal=2)
+assert loss.term_names == ("focal",) and torch.isclose(loss(logits, targets, valid), torch.log(torch.tensor(2.0)) / 4 / 2)
+assert HybridLoss().term_names == ("bce", "dice", "lovasz")
 """,
     "An edition": """
 import pathlib

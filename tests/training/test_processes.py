@@ -46,7 +46,7 @@ def test_two_processes_equal_one(norm, loss, folders):
         torch.testing.assert_close(two[key], one[key], rtol=1e-9, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
     scores = [json.loads((folder / f"{norm}-{loss}.json").read_text()) for folder in folders]
     for metric in scores[0]:
-        assert scores[1][metric]["floor"] == scores[0][metric]["floor"]
+        assert scores[1][metric]["background_only"] == scores[0][metric]["background_only"]
         assert scores[1][metric]["mean"] == pytest.approx(scores[0][metric]["mean"], abs=1e-6)
 
 
@@ -63,7 +63,7 @@ def test_runs_over_two_processes(tmp_path):
     workspace = Workspace(tmp_path, device="cpu", precision="float32")
     for folder in tmp_path.glob("runs/*"):
         result = read_result(folder)
-        assert (result.record["processes"], result.record["parts"]) == (2, 2)
+        assert (result.record["processes"], result.record["micro_batches"]) == (2, 2)
         assert score_again(folder, workspace) == result.scores
 
 

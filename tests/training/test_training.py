@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,19 @@ import pytest
 import torch
 from accelerate import notebook_launcher
 from accelerate.tracking import GeneralTracker
+from torch import nn
 
 from agrivision_repro.cli.app import main
 from agrivision_repro.core import Stopped
+from agrivision_repro.data.batches import TileDataset
+from agrivision_repro.data.tiles import Tile
 from agrivision_repro.runs.run import plan_run
 from agrivision_repro.runs.store import list_runs
 from agrivision_repro.runs.workspace import Workspace
 from agrivision_repro.training.checkpoint import read_tensors
-from agrivision_repro.training.engine import compile_model
-from agrivision_repro.training.schedule import RECIPES, learning_rate
+from agrivision_repro.training.engine import compile_model, make_engine
+from agrivision_repro.training.loop import Trainer, fit, history_table, load_state, save_state
+from agrivision_repro.training.schedule import RECIPES, Recipe, learning_rate
 
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 BIN = Path(sys.executable).parent
@@ -252,13 +257,37 @@ def test_from_a_notebook(tmp_path):
     assert workspace.finished(run).record["processes"] == 1
 
 
-def test_parts_are_recorded_and_change_the_training(tmp_path):
+def test_micro_batches_are_recorded_and_change_the_training(tmp_path):
     workspace = Workspace(tmp_path, device="cpu")
     run = plan_run("smoke", "synthetic", lovasz=1.0)
-    halves = replace(run, recipe=replace(run.recipe, parts=2))
+    halves = replace(run, recipe=replace(run.recipe, micro_batches=2))
     whole, cut = workspace.result(run), workspace.result(halves)
-    assert (whole.record["parts"], cut.record["parts"]) == (1, 2) and whole.folder != cut.folder
+    assert (whole.record["micro_batches"], cut.record["micro_batches"]) == (1, 2) and whole.folder != cut.folder
     assert (whole.folder / "history.csv").read_text() != (cut.folder / "history.csv").read_text()
+
+
+class Squared(nn.Module):
+    "A loss of one's own: one scalar, no terms."
+
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        return ((logits.float().sigmoid() - targets.float()).square() * valid[:, None]).mean()
+
+
+def test_any_module_that_returns_a_scalar_is_a_loss(tmp_path):
+    "It trains and its state is saved and loaded; its history has the learning rate and the loss."
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (4, 4, 8, 8), np.uint8)
+    tiles = [Tile.of(f"tile {k}", x, (x[3] > 128).astype(np.uint8), np.ones((8, 8), bool)) for k, x in enumerate(images)]
+    feed = TileDataset(tiles, "rgbn", 2)
+    recipe = Recipe(1, 30, 1, lr=1.0, batch_size=4, micro_batches=2, pretrained=False)
+    make = partial(Trainer, loss=Squared(), recipe=recipe, seed=0, engine=make_engine("cpu", "float32"))
+    trainer = make(nn.Conv2d(4, 2, 1))
+    fit(trainer, feed, tmp_path / "state", validation=feed)
+    save_state(trainer, tmp_path / "state")
+    load_state(resumed := make(nn.Conv2d(4, 2, 1)), tmp_path / "state")
+    for history in map(history_table, (trainer, resumed)):
+        assert list(history.columns) == ["lr", "loss"] and len(history) == 32
+        assert history.loss.iloc[-1] < history.loss.iloc[0] / 2
 
 
 def test_both_checkpoints_are_kept_and_named(tmp_path):
