@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
-import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +19,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from agrivision_repro.core import worker_pool
+from agrivision_repro.data.buffers import POOL
 from agrivision_repro.data.check import count_tile
 from agrivision_repro.data.editions import find_edition, home_of, open_tiles
 from agrivision_repro.data.tiles import Tile, Tiles
@@ -32,7 +30,7 @@ def _code_type(classes: Sequence[str]) -> np.dtype:
     return np.dtype(np.uint8 if len(classes) <= 8 else np.uint16)
 
 
-def encode(
+def encode_tile(
     tile: Tile,
     dtype: np.dtype,  # of `_code_type`
 ) -> np.ndarray:  # `(H, W)`
@@ -40,7 +38,7 @@ def encode(
     return tile.labels.astype(dtype) | tile.valid * dtype.type(1 << 8 * dtype.itemsize - 1)
 
 
-def decode(
+def decode_tile(
     codes: np.ndarray,  # `(H, W)`
     planes: np.ndarray,  # receives labels and valid, `(2, H, W)` uint8
 ) -> None:
@@ -71,39 +69,6 @@ def tile_counts(
     "Count one tile."
     census = count_tile(tile, classes)
     return [census.n_valid, *(found.tolist() for found in (census.pixels, census.sums, census.squares))]
-
-
-class Recycler:
-    "Buffers for large arrays, reused once no array or tensor refers to them."
-
-    def __init__(
-        self,
-        limit: float = 5e8,  # bytes to keep
-    ):
-        self.limit, self.kept, self.lock = limit, [], Lock()
-
-    def take(
-        self,
-        shape: Sequence[int],
-        dtype: np.dtype | type,
-    ) -> np.ndarray:  # not initialized
-        "Return an array in a free buffer."
-        n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-        with self.lock:
-            return self.find(n_bytes)[:].view(dtype).reshape(shape)  # a view refers to its buffer
-
-    def find(self, n_bytes: int) -> np.ndarray:
-        "Return a buffer of that size that only this list refers to, or allocate one."
-        for memory in self.kept:
-            if memory.nbytes == n_bytes and sys.getrefcount(memory) == 3:  # the list, this name and the call's argument
-                return memory
-        self.kept.append(np.empty(n_bytes, np.uint8))
-        while len(self.kept) > 1 and sum(memory.nbytes for memory in self.kept) > self.limit:
-            self.kept.pop(0)
-        return self.kept[-1]
-
-
-recycler = Recycler()
 
 
 class PackedTiles(Sequence):
@@ -143,15 +108,15 @@ class PackedTiles(Sequence):
 
     def __getitem__(self, i: int) -> Tile:
         i = range(len(self))[i]
-        tile = Tile(self.names[i], recycler.take((6, *self.shape), np.uint8))
-        codes = recycler.take(self.shape, self.dtype)
+        tile = Tile(self.names[i], POOL.lease((6, *self.shape), np.uint8))
+        codes = POOL.lease(self.shape, self.dtype)
         self.images.read(i, tile.image)
         self.labels.read(i, codes)
         if not self.is_checked[i]:
-            if checksum(tile.image, codes) != self.crc[i]:
+            if tile_checksum(tile.image, codes) != self.crc[i]:
                 raise ValueError(f"tile {self.names[i]} in {self.folder} is damaged: {_REPAIR}")
             self.is_checked[i] = True
-        decode(codes, tile.planes[4:])
+        decode_tile(codes, tile.planes[4:])
         return tile
 
 
@@ -186,7 +151,7 @@ class Slots:
                 raise ValueError(f"{self.path} ends before its entry {i}: {_REPAIR}")
 
 
-def checksum(image: np.ndarray, codes: np.ndarray) -> int:
+def tile_checksum(image: np.ndarray, codes: np.ndarray) -> int:
     "Compute the CRC-32 of a tile's bytes."
     return zlib.crc32(codes, zlib.crc32(image))
 
@@ -219,11 +184,11 @@ def pack_tile(
     images, labels = (np.load(folder / f"{kind}.npy", mmap_mode="r+") for kind in ("images", "labels"))
     if tile.image.shape != images.shape[1:]:
         raise ValueError(f"tile {name} is {tile.image.shape}, the first one {images.shape[1:]}: a pack holds tiles of one size")
-    images[i], labels[i] = tile.image, encode(tile, labels.dtype)
+    images[i], labels[i] = tile.image, encode_tile(tile, labels.dtype)
     files = {role: path.read_bytes() for role, path in tiles.files(name).items()}
     sums = {role: (len(content), hashlib.blake2b(content, digest_size=8).hexdigest()) for role, content in files.items()}
     known = {"name": name, "field": tiles.fields[i], "counts": tile_counts(tile, tiles.classes)}
-    return {**known, "crc": checksum(images[i], labels[i]), "files": sums}
+    return {**known, "crc": tile_checksum(images[i], labels[i]), "files": sums}
 
 
 def start_pack(tiles: Tiles, folder: Path) -> dict:  # the index without its tiles
@@ -263,7 +228,7 @@ def _read_journal(tiles: Tiles, folder: Path) -> dict[str, dict]:  # name → en
             entry = json.loads(line)
             i, sizes = place[entry["name"]], {role: size for role, (size, _) in entry["files"].items()}
             is_same = sizes == tiles.file_sizes(entry["name"]) and entry["field"] == tiles.fields[i]
-            is_done = is_same and checksum(images[i], labels[i]) == entry["crc"]
+            is_done = is_same and tile_checksum(images[i], labels[i]) == entry["crc"]
         except (ValueError, KeyError, TypeError, AttributeError):  # a line left incomplete by a killed process
             continue
         if is_done:

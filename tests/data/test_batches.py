@@ -21,14 +21,14 @@ from agrivision_repro.data.batches import (
 )
 from agrivision_repro.data.editions import open_tiles
 from agrivision_repro.data.pack import count_tiles, pack_split
-from agrivision_repro.data.synthetic import write_farmland
+from agrivision_repro.data.synthetic_files import write_synthetic
 from agrivision_repro.runs.run import plan_run
 from agrivision_repro.runs.workspace import Workspace
 
 
 @pytest.fixture(scope="module")
 def tiles(tmp_path_factory):
-    return open_tiles("synthetic", write_farmland(tmp_path_factory.mktemp("farm") / "farm", FARM), "train")
+    return open_tiles("synthetic", write_synthetic(tmp_path_factory.mktemp("farm") / "farm", FARM), "train")
 
 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)

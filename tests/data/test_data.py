@@ -28,7 +28,7 @@ from agrivision_repro.cli.app import main
 from agrivision_repro.data.archives import unpack_archive
 from agrivision_repro.data.check import ALIKE, alike_pairs, check_data, thumbnail
 from agrivision_repro.data.editions import AGRIVISION_2020, AGRIVISION_2021, CROPS, WHITE, detect_edition, field_of, open_splits, open_tiles
-from agrivision_repro.data.synthetic import write_farmland
+from agrivision_repro.data.synthetic_files import write_synthetic
 from agrivision_repro.data.tiles import BadFile, places_in_both, unpack_labels
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"  # beside a developer's checkout only
@@ -39,7 +39,7 @@ AG_NET = SHARED / "ag-net" / "ag-net.tar.xz"  # 272 tiles
 
 @pytest.fixture(scope="module")
 def farm(tmp_path_factory):
-    return write_farmland(tmp_path_factory.mktemp("farm") / "farm", FARM)
+    return write_synthetic(tmp_path_factory.mktemp("farm") / "farm", FARM)
 
 
 def bit(tile, classes: tuple[str, ...], name: str) -> np.ndarray:
