@@ -108,7 +108,7 @@ def test_a_spoilt_tile_is_a_fault(content, role, farm, folder):
     whole = path.read_bytes()
     path.write_bytes(content)
     try:
-        faults = [fault for fault in check_tile(tiles, tiles.names[0]).faults if fault.kind != "no valid pixel"]
+        faults = [fault for fault in check_tile(tiles, tiles.names[0])["faults"] if fault.kind != "no valid pixel"]
         assert not faults or any(str(path) in fault.message or fault.kind == "wrong size" for fault in faults)
         try:
             assert isinstance(tiles[0], Tile)

@@ -15,13 +15,13 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from .buffers import POOL
-from .check import mean_and_std
-from .pack import Counts
+from .counts import mean_and_std
 from .tiles import Tile
 
 # %% auto #0
@@ -46,10 +46,10 @@ IMAGENET = Statistics((0.485, 0.456, 0.406, 0.485), (0.229, 0.224, 0.225, 0.229)
 
 
 def dataset_statistics(
-    counts: Counts,  # of the training tiles
+    counts: pd.DataFrame,  # of the training tiles, see `data.counts.count_table`
 ) -> Statistics:
     "Compute mean and standard deviation of every channel over all valid pixels."
-    mean, std = mean_and_std(counts.valid.sum(), counts.sums.sum(0), counts.squares.sum(0))
+    mean, std = mean_and_std(counts)
     if not std.all():
         raise ValueError(f"channels have std {std.round(4).tolist()}: a constant one cannot be normalized; use ImageNet's statistics")
     return Statistics(tuple(mean.tolist()), tuple(std.tolist()))
@@ -137,10 +137,10 @@ SAMPLERS = ("shuffle", "rare")
 
 
 def rare_class_weights(
-    counts: Counts,  # of the training tiles
+    counts: pd.DataFrame,  # of the training tiles, see `data.counts.count_table`
 ) -> np.ndarray:  # of each tile, at least 1, `(N,)` float64
     "Compute weights that favor tiles with rare classes."
-    shows = counts.pixels[:, 1:] > 0  # background is everywhere
+    shows = counts["pixels"].to_numpy()[:, 1:] > 0  # background is everywhere
     frequency = shows.mean(0)
     if not frequency.any():
         raise ValueError("no training tile shows any class: there is no rare one to favor; use the sampler 'shuffle'")

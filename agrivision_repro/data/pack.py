@@ -7,20 +7,19 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from filelock import FileLock
 from tqdm import tqdm
 
 from agrivision_repro.core import worker_pool
 from agrivision_repro.data.buffers import POOL
-from agrivision_repro.data.check import count_tile
+from agrivision_repro.data.counts import count_table, count_tile
 from agrivision_repro.data.editions import find_edition, home_of, open_tiles
 from agrivision_repro.data.tiles import Tile, Tiles
 
@@ -48,29 +47,6 @@ def decode_tile(
     np.greater_equal(codes, top, out=planes[1].view(bool))
 
 
-class Counts(NamedTuple):
-    "Integer counts over the valid pixels of each of N tiles, sufficient for statistics and weights."
-
-    valid: np.ndarray  # valid pixels, `(N,)` int64
-    pixels: np.ndarray  # of each class, `(N, C)`
-    sums: np.ndarray  # of the bytes of R, G, B, NIR, `(N, 4)`
-    squares: np.ndarray  # of their squares, `(N, 4)`
-
-    @classmethod
-    def of(cls, tiles: Iterable[Sequence]) -> Counts:
-        "Stack the counts of single tiles."
-        return cls(*(np.array(column, np.int64) for column in zip(*tiles, strict=True)))
-
-
-def tile_counts(
-    tile: Tile,
-    classes: tuple[str, ...],  # background first
-) -> list:  # the fields of `Counts` for one tile, in JSON types
-    "Count one tile."
-    census = count_tile(tile, classes)
-    return [census.n_valid, *(found.tolist() for found in (census.pixels, census.sums, census.squares))]
-
-
 class PackedTiles(Sequence):
     "A packed split: the same tiles as `Tiles`, without decoding."
 
@@ -85,8 +61,8 @@ class PackedTiles(Sequence):
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise ValueError(f"{self.folder / 'index.json'} has an unknown format ({error!r}): {_REPAIR}") from error
         self.is_checked = np.zeros(len(self.names), bool)
-        self.images = Slots.open(self.folder / "images.npy", (len(self), 4, *self.shape), np.dtype(np.uint8))
-        self.labels = Slots.open(self.folder / "labels.npy", (len(self), *self.shape), self.dtype)
+        self.images = _EntryReader(self.folder / "images.npy", (len(self), 4, *self.shape), np.dtype(np.uint8))
+        self.labels = _EntryReader(self.folder / "labels.npy", (len(self), *self.shape), self.dtype)
 
     def describe(self, index: dict) -> None:
         "Set the attributes from an index."
@@ -96,7 +72,7 @@ class PackedTiles(Sequence):
         self.fields = [tile["field"] for tile in index["tiles"]]  # that each tile was cut from
         self.place = {name: i for i, name in enumerate(self.names)}
         self.sizes = [{role: size for role, (size, _) in tile["files"].items()} for tile in index["tiles"]]
-        self.counts = Counts.of(tile["counts"] for tile in index["tiles"])
+        self.counts = count_table((tile["counts"] for tile in index["tiles"]), self.classes, self.names)
         self.crc = [tile["crc"] for tile in index["tiles"]]
 
     def file_sizes(self, name: str) -> dict[str, int]:
@@ -123,25 +99,17 @@ class PackedTiles(Sequence):
 _REPAIR = "make the pack again with agrivision data pack"
 
 
-@dataclass(frozen=True)
-class Slots:
-    "The entries of an `.npy` file, read and not mapped: mapped pages would count as memory of the process."
+class _EntryReader:
+    "Reader of the entries of an `.npy` file; pages mapped from it would count as memory of the process."
 
-    path: Path
-    shape: tuple[int, ...]  # of one entry
-    dtype: np.dtype
-    start: int  # bytes of the file's header
-
-    @classmethod
-    def open(cls, path: Path, shape: tuple[int, ...], dtype: np.dtype) -> Slots:
-        "Open a file; raise ValueError unless it is a complete array of that shape and type."
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype):  # the shape and type that the whole array must have
         try:
             found = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{path} cannot be opened ({error}): {_REPAIR}") from error
         if found.shape != shape or found.dtype != dtype:
             raise ValueError(f"{path} is {found.shape} {found.dtype}, wanted {shape} {dtype}: {_REPAIR}")
-        return cls(path, shape[1:], dtype, found.offset)
+        self.path, self.start = path, found.offset
 
     def read(self, i: int, entry: np.ndarray) -> None:
         "Read the i-th entry into an array of its shape and type."
@@ -187,7 +155,7 @@ def pack_tile(
     images[i], labels[i] = tile.image, encode_tile(tile, labels.dtype)
     files = {role: path.read_bytes() for role, path in tiles.files(name).items()}
     sums = {role: (len(content), hashlib.blake2b(content, digest_size=8).hexdigest()) for role, content in files.items()}
-    known = {"name": name, "field": tiles.fields[i], "counts": tile_counts(tile, tiles.classes)}
+    known = {"name": name, "field": tiles.fields[i], "counts": count_tile(tile, tiles.classes)}
     return {**known, "crc": tile_checksum(images[i], labels[i]), "files": sums}
 
 
@@ -290,19 +258,20 @@ def count_tiles(
     tiles: Tiles | PackedTiles,
     n_workers: int = 0,  # processes; 0: one per core
     shows_progress: bool = False,  # a progress bar on stderr
-) -> Counts:
+) -> pd.DataFrame:  # of `count_table`
     "Return the counts of every tile of a split."
     if isinstance(tiles, PackedTiles):
         return tiles.counts
     with worker_pool(n_workers or os.cpu_count() or 1) as pool:
         work = partial(_count_one, tiles)
         found = pool.map(work, range(len(tiles)), chunksize=16) if pool else map(work, range(len(tiles)))
-        return Counts.of(tqdm(found, f"counting {tiles.split}", len(tiles), unit="tile", disable=not shows_progress))
+        bar = tqdm(found, f"counting {tiles.split}", len(tiles), unit="tile", disable=not shows_progress)
+        return count_table(bar, tiles.classes, tiles.names)
 
 
 def _count_one(tiles: Tiles, i: int) -> list:
     "Read and count one tile."
-    return tile_counts(tiles[i], tiles.classes)
+    return count_tile(tiles[i], tiles.classes)
 
 
 def open_split(

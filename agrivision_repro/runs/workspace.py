@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+import pandas as pd
 import torch
 from torch.utils.data import Subset
 
@@ -22,7 +23,7 @@ import agrivision_repro
 from agrivision_repro.core import Stopped, check_choice, read_json, replace_file, write_array, write_json
 from agrivision_repro.data.batches import IMAGENET, SAMPLERS, TileDataset, dataset_statistics, rare_class_weights, thin_out
 from agrivision_repro.data.editions import fingerprint
-from agrivision_repro.data.pack import Counts, PackedTiles, count_tiles, open_split, pack_split
+from agrivision_repro.data.pack import PackedTiles, count_tiles, open_split, pack_split
 from agrivision_repro.data.synthetic_files import SyntheticConfig, write_synthetic
 from agrivision_repro.data.tiles import Tile, Tiles, places_in_both
 from agrivision_repro.runs.run import Run, build_loss, build_model, run_id
@@ -140,7 +141,7 @@ class Workspace:
         weights = rare_class_weights(self.counts(run.data, run.farm))[self.kept(run, split)] if is_rare else None
         return TileDataset(self.tiles(run, split), channels or run.channels, len(run.edition.classes), own, weights)
 
-    def counts(self, data: str, farm: SyntheticConfig | None) -> Counts:
+    def counts(self, data: str, farm: SyntheticConfig | None) -> pd.DataFrame:  # of `count_table`
         "Return the counts of the training tiles."
         return count_tiles(self.open(data, farm, "train"), shows_progress=True)
 

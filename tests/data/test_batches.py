@@ -88,8 +88,8 @@ def test_a_view_moves_labels_with_the_image(tiles):
 def test_rare_tiles_come_more_often(tiles):
     counts = count_tiles(tiles, n_workers=1)
     weights = rare_class_weights(counts)
-    frequency = (counts.pixels[:, 1:] > 0).mean(0)
-    shows_rarest = counts.pixels[:, 1 + frequency.argmin()] > 0
+    shows = counts["pixels"].to_numpy()[:, 1:] > 0
+    shows_rarest = shows[:, shows.mean(0).argmin()]
     seen = [SampleStream(tiles, 0, weights=weights)[k].index for k in range(50 * len(tiles))]
     times = np.bincount(seen, minlength=len(tiles)) / 50
     np.testing.assert_allclose(times, weights * len(tiles) / weights.sum(), atol=0.1)
