@@ -21,7 +21,8 @@ from ..plots import CLASS_COLORS, add_class_legend, draw_panel, paint_classes
 
 # %% auto #0
 __all__ = ['BANDS', 'LZW', 'SMALL', 'Tile', 'pack_labels', 'unpack_labels', 'BadFile', 'decode_small', 'decode_image',
-           'read_image', 'Tiles', 'places_in_both', 'paint_labels', 'as_panels', 'draw_labels', 'contact_sheet']
+           'read_image', 'need_folders', 'Tiles', 'places_in_both', 'paint_labels', 'as_panels', 'draw_labels',
+           'contact_sheet']
 
 # %% ../../nbs/10_tiles.ipynb #cell-05
 @dataclass(frozen=True)
@@ -126,6 +127,19 @@ def read_image(
     return pixels
 
 # %% ../../nbs/10_tiles.ipynb #cell-13
+def need_folders(root: Path, folders: Sequence[str], layout: str) -> None:
+    "Raise one error that lists every folder that a layout needs and `root` lacks."
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not a folder: pass the folder that contains the data")
+    missing = [f for f in folders if not (root / f).is_dir()]
+    if missing:
+        found = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
+        raise FileNotFoundError(
+            f"{root} lacks {', '.join(missing)} of the layout {layout!r} (it contains: {found}): "
+            f"pass the folder that contains {folders[0]}, or choose another data set"
+        )
+
+
 class Tiles(Sequence):
     "The tiles of one split, read from disk on access; each subclass reads one layout."
 

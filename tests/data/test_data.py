@@ -27,7 +27,8 @@ from trees import (
 from agrivision_repro.cli.app import main
 from agrivision_repro.data.archives import unpack_archive
 from agrivision_repro.data.check import ALIKE, alike_pairs, check_data, thumbnail
-from agrivision_repro.data.editions import AGRIVISION_2020, AGRIVISION_2021, CROPS, WHITE, detect_edition, field_of, open_splits, open_tiles
+from agrivision_repro.data.editions import AGRIVISION_2020, AGRIVISION_2021, detect_edition, field_of, open_splits, open_tiles
+from agrivision_repro.data.readers import CROPS, WHITE
 from agrivision_repro.data.synthetic_files import write_synthetic
 from agrivision_repro.data.tiles import BadFile, places_in_both, unpack_labels
 

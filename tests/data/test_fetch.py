@@ -339,7 +339,10 @@ def test_no_room(upstream, refused, monkeypatch):
     refused(upstream.root, "No space left on device): free space or choose another disk", error=OSError)
 
 
-SCRIPT = "import sys\nfrom agrivision_repro.data.fetch import *\nSOURCES['naip-trees'] = {}\nfetch_data('naip-trees', sys.argv[1], n_workers=1)"
+SCRIPT = """import sys
+from agrivision_repro.data.fetch import *
+SOURCES['naip-trees'] = {}
+fetch_data('naip-trees', sys.argv[1], n_workers=1)"""
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])

@@ -18,8 +18,9 @@ from trees import FARM, ag_net, farm_2020, farm_2021, farm_cvpr2020, naip_chips
 
 from agrivision_repro.data import pack
 from agrivision_repro.data.batches import make_batch, scoring_loader
-from agrivision_repro.data.editions import UrbanTrees, fingerprint, open_splits, open_tiles
+from agrivision_repro.data.editions import fingerprint, open_splits, open_tiles
 from agrivision_repro.data.pack import PackedTiles, open_split, pack_folder, pack_split
+from agrivision_repro.data.readers import UrbanTrees
 from agrivision_repro.data.synthetic_files import SyntheticConfig, write_synthetic
 from agrivision_repro.data.tiles import places_in_both, unpack_labels
 

@@ -8,7 +8,8 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from agrivision_repro.data.editions import CDL_CODES, AgNet, field_of
+from agrivision_repro.data.editions import field_of
+from agrivision_repro.data.readers import CDL_CODES, AgNet
 from agrivision_repro.data.synthetic_files import SyntheticConfig, write_synthetic
 
 FARM = SyntheticConfig(size=64, train_fields=3, val_fields=2, test_fields=1)
