@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 from agrivision_repro.data.batches import IMAGENET, SampleStream, make_batch, training_loader
 from agrivision_repro.data.editions import open_tiles
 from agrivision_repro.data.pack import pack_split
-from agrivision_repro.data.synthetic import Farmland, write_farmland
+from agrivision_repro.data.synthetic_files import SyntheticConfig, write_synthetic
 from agrivision_repro.data.tiles import Tiles
 
-FARM = Farmland(size=512, train_fields=50, val_fields=1, test_fields=1)
+FARM = SyntheticConfig(size=512, train_fields=50, val_fields=1, test_fields=1)
 BATCH = 8
 
 
@@ -67,7 +67,7 @@ def our_epoch(tiles, epoch: int) -> int:
 if __name__ == "__main__":
     given = set_up(__doc__)
     with tempfile.TemporaryDirectory() as folder:
-        root = write_farmland(Path(folder) / "farm", FARM)
+        root = write_synthetic(Path(folder) / "farm", FARM)
         tiles = open_tiles("synthetic", root, "train")
         packed = pack_split(tiles, root / "packed")
         ways = {"plain": lambda e: plain_epoch(tiles), "files": lambda e: our_epoch(tiles, e), "packed": lambda e: our_epoch(packed, e)}

@@ -21,7 +21,7 @@ from agrivision_repro.data import pack
 from agrivision_repro.data.check import check_tile
 from agrivision_repro.data.editions import open_tiles
 from agrivision_repro.data.pack import PackedTiles, pack_split
-from agrivision_repro.data.synthetic import write_farmland
+from agrivision_repro.data.synthetic_files import write_synthetic
 from agrivision_repro.data.tiles import BadFile, Tile, read_image
 from agrivision_repro.runs.store import find_run, list_runs, read_result
 
@@ -73,7 +73,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def farm(folder):
-    return write_farmland(folder / "farm", FARM)
+    return write_synthetic(folder / "farm", FARM)
 
 
 @quickly(600)
@@ -108,7 +108,7 @@ def test_a_spoilt_tile_is_a_fault(content, role, farm, folder):
     whole = path.read_bytes()
     path.write_bytes(content)
     try:
-        faults = [fault for fault in check_tile(tiles, tiles.names[0]).faults if fault.kind != "no valid pixel"]
+        faults = [fault for fault in check_tile(tiles, tiles.names[0])["faults"] if fault.kind != "no valid pixel"]
         assert not faults or any(str(path) in fault.message or fault.kind == "wrong size" for fault in faults)
         try:
             assert isinstance(tiles[0], Tile)

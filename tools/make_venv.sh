@@ -5,11 +5,11 @@ set -u
 folder=$1
 is_new_enough='import sys; sys.exit(sys.version_info < (3, 11))'
 
-for python in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+for python in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11}; do
     if "$python" -c "$is_new_enough" 2>/dev/null; then found=$python; break; fi
 done
 if [ -z "${found:-}" ]; then
-    echo "No Python of version 3.11 or newer found (tried: ${PYTHON:-python3 python3.13 python3.12 python3.11})." >&2
+    echo "No Python of version 3.11 or newer found (tried: ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11})." >&2
     echo "Install one, or set its path: make ... PYTHON=/path/to/python3.12" >&2
     exit 1
 fi

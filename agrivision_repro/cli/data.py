@@ -43,9 +43,9 @@ def stats(root: _Root, data: DataName = "", workers: _Workers = 0, as_json: _AsJ
     if as_json:
         print(json.dumps(report.as_json()["splits"], indent=1))
     else:
-        for split, census in report.splits.items():
-            classes = census.class_table() if census.labeled else "without labels"
-            print(f"{split}: {census.n_tiles} tiles", census.channel_table(), classes, "", sep="\n")
+        for split, is_labeled in report.labeled.items():
+            classes = report.class_table(split) if is_labeled else "without labels"
+            print(f"{split}: {report.describe(split)['tiles']} tiles", report.channel_table(split), classes, "", sep="\n")
     if not report.is_trustworthy:
         print(f"{len(report.faults)} faults, not included here: see agrivision data check {root}", file=sys.stderr)
 

@@ -15,18 +15,19 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from .check import mean_and_std
-from .pack import Counts, recycler
+from .buffers import POOL
+from .counts import mean_and_std
 from .tiles import Tile
 
 # %% auto #0
 __all__ = ['CHANNELS', 'IMAGENET', 'TURNS', 'INVERSE', 'AS_IT_IS', 'AUGMENTATIONS', 'SAMPLERS', 'Statistics',
-           'dataset_statistics', 'reserve', 'select_channels', 'turn', 'draw_view', 'zoom_and_shift', 'Sample',
-           'rare_class_weights', 'draw_order', 'SampleStream', 'Batch', 'multi_hot', 'look', 'make_batch',
+           'dataset_statistics', 'reserve', 'select_channels', 'apply_d4', 'draw_view', 'zoom_and_shift', 'Sample',
+           'rare_class_weights', 'draw_order', 'SampleStream', 'Batch', 'multi_hot', 'apply_zoom', 'make_batch',
            'TileDataset', 'read_ahead', 'collate', 'copy_planes', 'training_loader', 'scoring_loader', 'thin_out',
            'whole_tile']
 
@@ -45,10 +46,10 @@ IMAGENET = Statistics((0.485, 0.456, 0.406, 0.485), (0.229, 0.224, 0.225, 0.229)
 
 
 def dataset_statistics(
-    counts: Counts,  # of the training tiles
+    counts: pd.DataFrame,  # of the training tiles, see `data.counts.count_table`
 ) -> Statistics:
     "Compute mean and standard deviation of every channel over all valid pixels."
-    mean, std = mean_and_std(counts.valid.sum(), counts.sums.sum(0), counts.squares.sum(0))
+    mean, std = mean_and_std(counts)
     if not std.all():
         raise ValueError(f"channels have std {std.round(4).tolist()}: a constant one cannot be normalized; use ImageNet's statistics")
     return Statistics(tuple(mean.tolist()), tuple(std.tolist()))
@@ -58,7 +59,7 @@ def reserve(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> T
     "Allocate a large tensor that the caller fills completely."
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
-    return torch.from_numpy(recycler.take((math.prod(shape) * dtype.itemsize,), np.uint8)).view(dtype).view(*shape)
+    return torch.from_numpy(POOL.lease((math.prod(shape) * dtype.itemsize,), np.uint8)).view(dtype).view(*shape)
 
 
 def select_channels(
@@ -85,14 +86,12 @@ TURNS = (  # of each element: axes that are flipped, then whether rows and colum
 INVERSE = (0, 3, 2, 1, 4, 5, 6, 7)  # the inverse of each element
 
 
-def turn(
-    x: np.ndarray | Tensor,  # `(…, S, S)`
+def apply_d4(
+    x: np.ndarray | Tensor,  # `(…, H, W)`
     element: int,  # of D4, 0 to 7: quarter turns modulo 4, and a flip from 4 on
-) -> np.ndarray | Tensor:  # like `x`
+) -> np.ndarray | Tensor:  # like `x`; `(…, W, H)` if rows and columns are exchanged
     "Rotate and flip images."
     flipped, is_exchanged = TURNS[element]
-    if is_exchanged and x.shape[-1] != x.shape[-2]:
-        raise ValueError(f"images are {x.shape[-2]}×{x.shape[-1]}: quarter turns need squares, so crop or choose the augmentation none")
     if isinstance(x, np.ndarray) and flipped and not is_exchanged:
         return torch.from_numpy(x).flip(flipped).numpy()  # PyTorch reverses bytes three times as fast as NumPy copies them reversed
     x = np.flip(x, flipped) if isinstance(x, np.ndarray) else x.flip(flipped)
@@ -138,10 +137,10 @@ SAMPLERS = ("shuffle", "rare")
 
 
 def rare_class_weights(
-    counts: Counts,  # of the training tiles
+    counts: pd.DataFrame,  # of the training tiles, see `data.counts.count_table`
 ) -> np.ndarray:  # of each tile, at least 1, `(N,)` float64
     "Compute weights that favor tiles with rare classes."
-    shows = counts.pixels[:, 1:] > 0  # background is everywhere
+    shows = counts["pixels"].to_numpy()[:, 1:] > 0  # background is everywhere
     frequency = shows.mean(0)
     if not frequency.any():
         raise ValueError("no training tile shows any class: there is no rare one to favor; use the sampler 'shuffle'")
@@ -189,7 +188,10 @@ class SampleStream:
         rows, columns = (self.draw_window(rng, tile, n) for n in tile.labels.shape) if self.crop else (cut, cut)
         element = 0 if self.augmentation == "none" else int(rng.integers(8))
         view = draw_view(rng) if self.augmentation == "zoom_shift" else AS_IT_IS
-        return Sample(turn(tile.planes[:, rows, columns], element), view, index)
+        planes = tile.planes[:, rows, columns]
+        if TURNS[element][1] and planes.shape[-1] != planes.shape[-2]:
+            raise ValueError(f"tile {tile.name} is not square: quarter turns need squares, so crop or choose the augmentation none")
+        return Sample(apply_d4(planes, element), view, index)
 
     def draw_window(self, rng: np.random.Generator, tile: Tile, length: int) -> slice:
         "Draw the position of the crop on one axis."
@@ -222,7 +224,7 @@ def multi_hot(
     return ones.view(torch.bool)
 
 # %% ../../nbs/16_batches.ipynb #cell-27
-def look(
+def apply_zoom(
     planes: Tensor,  # `(B, 6, H, W)` uint8
     view: Tensor,  # `(B, 3)` float32
 ) -> Tensor:  # like `planes`
@@ -243,7 +245,7 @@ def make_batch(
     statistics: Statistics = IMAGENET,
 ) -> Batch:
     "Move samples to the device, zoom and shift them, select channels and unpack labels."
-    planes = look(*(t.to(device, non_blocking=True) for t in (samples.planes, samples.view)))
+    planes = apply_zoom(*(t.to(device, non_blocking=True) for t in (samples.planes, samples.view)))
     image, (labels, valid) = planes[:, :4], planes[:, 4:].unbind(1)
     return Batch(select_channels(image, channels, statistics), multi_hot(labels, n_classes), valid.bool(), samples.index)
 
@@ -291,7 +293,7 @@ def collate(
     "Collate samples into a batch."
     joined, views, indices = None, np.empty((n_samples, 3), np.float32), np.empty(n_samples, np.int64)
     for k, (planes, view, index) in enumerate(samples):
-        joined = recycler.take((n_samples, *planes.shape), np.uint8) if joined is None else joined
+        joined = POOL.lease((n_samples, *planes.shape), np.uint8) if joined is None else joined
         copy_planes(planes, joined[k])
         views[k], indices[k] = view, index
     return Sample(*map(torch.from_numpy, (joined, views, indices)))

@@ -7,9 +7,9 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from agrivision_repro.core import worker_pool
+from agrivision_repro.data.counts import CHANNEL_NAMES, count_table, count_tile, mean_and_std
 from agrivision_repro.data.editions import detect_edition, find_edition, open_splits
-from agrivision_repro.data.tiles import BadFile, Tile, Tiles, places_in_both, unpack_labels
+from agrivision_repro.data.tiles import BadFile, Tile, Tiles, places_in_both
 
 FAULTS = {
     "missing": "a tile lacks one of its files",
@@ -53,67 +54,6 @@ class Fault:
     message: str
 
 
-@dataclass
-class SplitStatistics:
-    "Counts over the valid pixels of a set of tiles."
-
-    classes: tuple[str, ...]
-    labeled: bool = True  # False: the classes were never published
-    n_tiles: int = 0
-    fields: set[str] = field(default_factory=set)
-    sizes: Counter = field(default_factory=Counter)  # (height, width) → tiles
-    n_pixels: int = 0  # valid or not
-    n_valid: int = 0
-    n_overlapping: int = 0  # valid pixels of two or more classes
-    pixels: np.ndarray | int = 0  # of each class, `(C,)` int64
-    tiles: np.ndarray | int = 0  # in which each class occurs, `(C,)` int64
-    sums: np.ndarray | int = 0  # of the bytes of R, G, B, NIR, `(4,)` int64
-    squares: np.ndarray | int = 0  # of their squares
-
-    def add(self, other: SplitStatistics) -> None:
-        "Add the counts of another set."
-        for name in ("n_tiles", "n_pixels", "n_valid", "n_overlapping", "pixels", "tiles", "sums", "squares"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.fields |= other.fields
-        self.sizes += other.sizes
-
-    def class_table(self) -> pd.DataFrame:
-        "Return pixels, share of the valid pixels in %, and tiles per class."
-        pixels, tiles = (np.zeros(len(self.classes), np.int64) + counts for counts in (self.pixels, self.tiles))  # 0 where no tile was read
-        share = 100 * pixels / max(self.n_valid, 1)
-        return pd.DataFrame({"pixels": pixels, "share, %": share.round(3), "tiles": tiles}, index=list(self.classes))
-
-    def channel_table(self) -> pd.DataFrame:
-        "Return mean and standard deviation of each channel, of values in [0, 1]."
-        mean, std = mean_and_std(self.n_valid, np.zeros(4) + self.sums, np.zeros(4) + self.squares)
-        return pd.DataFrame({"mean": mean, "std": std}, index=["R", "G", "B", "NIR"]).round(4)
-
-
-def mean_and_std(
-    n: int,  # pixels
-    sums: np.ndarray,  # of the bytes, per channel, `(4,)` int64
-    squares: np.ndarray,  # of their squares
-) -> tuple[np.ndarray, np.ndarray]:  # of values in [0, 1]
-    "Compute mean and standard deviation of each channel; 0 if there are no pixels."
-    n = max(n, 1)
-    return sums / n / 255, np.sqrt(np.maximum(squares / n - (sums / n) ** 2, 0)) / 255
-
-
-def count_tile(
-    tile: Tile,
-    classes: tuple[str, ...],  # background first
-    labeled: bool = True,
-) -> SplitStatistics:
-    "Count the pixels of one tile."
-    masks = unpack_labels(tile.labels, len(classes)) & tile.valid
-    pixels, values = masks.sum((1, 2)), np.arange(256)
-    histogram = np.stack([np.bincount(channel[tile.valid], minlength=256) for channel in tile.image])
-    return SplitStatistics(
-        classes, labeled, 1, set(), Counter([tile.labels.shape]), tile.valid.size, int(tile.valid.sum()),
-        int((masks[1:].sum(0) > 1).sum()), pixels, (pixels > 0).astype(np.int64), histogram @ values, histogram @ values**2,
-    )  # fmt: skip
-
-
 _CELLS, _AROUND = 16, 5  # cells per side of a thumbnail, and of the neighborhood that is subtracted
 
 
@@ -138,17 +78,6 @@ def thumbnail(
 _TILE_NAME = re.compile(r"[^_]+_\d+-\d+-\d+-\d+")
 
 
-@dataclass(frozen=True)
-class TileReport:
-    "Faults and counts of one tile."
-
-    name: str
-    faults: tuple[Fault, ...]
-    census: SplitStatistics | None  # None if a fault prevents reading the tile
-    digest: str  # of its first file: equal for equal images
-    details: np.ndarray | None = None  # of `thumbnail`; None like `census`
-
-
 def _read_parts(tiles: Tiles, name: str) -> tuple[dict[str, np.ndarray], list[Fault]]:
     "Read every readable file of a tile; list the faults of the others."
     parts, faults, size = {}, [], None
@@ -164,53 +93,40 @@ def _read_parts(tiles: Tiles, name: str) -> tuple[dict[str, np.ndarray], list[Fa
     return parts, faults
 
 
-def check_tile(tiles: Tiles, name: str) -> TileReport:
+def check_tile(tiles: Tiles, name: str) -> dict:  # the tile's row in `CheckReport.tiles`; `counts` as of `count_tile`
     "Read, check and count one tile."
-    parts, faults = _read_parts(tiles, name)
+    files, (parts, faults) = tiles.files(name), _read_parts(tiles, name)
+    first = next(iter(files.values()))
+    row = {
+        "field": tiles.field(name), "digest": hashlib.blake2b(first.read_bytes()).hexdigest() if first.is_file() else "",
+        "is_read": parts.keys() == files.keys(), "height": 0, "width": 0, "overlapping": 0, "details": None, "faults": faults,
+        "counts": [0, [0] * len(tiles.classes), [0] * 4, [0] * 4],
+    }  # fmt: skip
     if tiles.is_by_field and not _TILE_NAME.fullmatch(name):
         faults.append(Fault("bad name", name, f"{name} is not FIELD_x1-y1-x2-y2: its field is unknown, so rename or remove it"))
-    files = tiles.files(name)
-    is_whole = parts.keys() == files.keys()
-    census = details = None
-    if is_whole:
+    if row["is_read"]:
         tile = tiles.assemble(name, parts)
-        census, details = count_tile(tile, tiles.classes, tiles.labeled), thumbnail(tile)
-        census.fields = {tiles.field(name)}
-    if census is not None and not census.n_valid:
-        faults.append(Fault("no valid pixel", name, f"{name} has no valid pixel: it is used neither for training nor for scoring"))
-    first = next(iter(files.values()))
-    digest = hashlib.blake2b(first.read_bytes()).hexdigest() if first.is_file() else ""
-    return TileReport(name, tuple(faults), census, digest, details)
-
-
-@dataclass
-class SplitReport:
-    "Counts and faults of a split."
-
-    census: SplitStatistics
-    faults: list[Fault] = field(default_factory=list)
-    digests: dict[str, str] = field(default_factory=dict)  # tile → digest of its first file
-    details: dict[str, np.ndarray] = field(default_factory=dict)  # tile → details of `thumbnail`, of the tiles that can be read
+        row["height"], row["width"] = tile.labels.shape
+        row["overlapping"] = int(((tile.labels & (tile.labels - 1) != 0) & tile.valid).sum())  # two bits or more
+        row |= {"counts": count_tile(tile, tiles.classes), "details": thumbnail(tile)}
+        if not tile.valid.any():
+            faults.append(Fault("no valid pixel", name, f"{name} has no valid pixel: it is used neither for training nor for scoring"))
+    return row
 
 
 def _check_split(
     tiles: Tiles,
     n_workers: int = 1,  # processes
     shows_progress: bool = False,  # a progress bar on stderr
-) -> SplitReport:
+) -> pd.DataFrame:  # one row per tile
     "Check every tile of a split, several at a time."
-    report, check = SplitReport(SplitStatistics(tiles.classes, tiles.labeled)), partial(check_tile, tiles)
+    check = partial(check_tile, tiles)
     with worker_pool(n_workers) as pool:
         found = pool.map(check, tiles.names, chunksize=16) if pool else map(check, tiles.names)
-        bar = tqdm(found, f"checking {tiles.split}", len(tiles.names), unit="tile", disable=not shows_progress)
-        for tile_report in bar:
-            report.faults += tile_report.faults
-            report.digests[tile_report.name] = tile_report.digest
-            if tile_report.census is not None:
-                report.census.add(tile_report.census)
-                report.details[tile_report.name] = tile_report.details
-    report.faults += _find_strays(tiles)
-    return report
+        rows = list(tqdm(found, f"checking {tiles.split}", len(tiles.names), unit="tile", disable=not shows_progress))
+    table = pd.DataFrame(rows, tiles.names)
+    counts = count_table(table.pop("counts"), tiles.classes, tiles.names)
+    return pd.concat([table.set_axis(pd.MultiIndex.from_product([table.columns, [""]]), axis=1), counts], axis=1)
 
 
 def _find_strays(tiles: Tiles) -> list[Fault]:
@@ -224,10 +140,10 @@ def _find_strays(tiles: Tiles) -> list[Fault]:
     return [Fault("without image", str(path.relative_to(tiles.root)), f"{path} {message}") for path in strays]
 
 
-def _find_repeats(digests: dict[str, dict[str, str]]) -> list[Fault]:
-    "Find equal images and equal names, in one split or in two; `digests` by split and tile."
+def _find_repeats(table: pd.DataFrame) -> list[Fault]:
+    "Find equal images and equal names, in one split or in two."
     faults, by_digest, by_name = [], {}, {}
-    for split, name, digest in ((s, n, d) for s, found in digests.items() for n, d in found.items()):
+    for (split, name), digest in table["digest"].items():
         where = f"{split}/{name}"
         twin = by_digest.setdefault(digest, where) if digest else where
         if twin != where:
@@ -263,20 +179,17 @@ def alike_pairs(
             yield start + int(i), int(j), float(likeness[i, j])
 
 
-def _find_alike(
-    splits: Sequence[Tiles],
-    details: dict[str, dict[str, np.ndarray]],  # by split and tile
-) -> list[Fault]:
+def _find_alike(splits: Sequence[Tiles], table: pd.DataFrame) -> list[Fault]:
     "Find tiles of two splits that look like one place although their names are of different places."
-    faults = []
+    faults, details = [], table.loc[table["is_read"], "details"]
     hint = "look at both; this finds 95 % of NAIP's repeated places and not all elsewhere"
-    for one, two in combinations([tiles for tiles in splits if details[tiles.split]], 2):
-        names, rows = zip(*((list(d), np.stack(list(d.values()))) for d in (details[one.split], details[two.split])), strict=True)
-        for i, j, likeness in alike_pairs(*rows):
-            here, there = names[0][i], names[1][j]
-            if one.field(here) != two.field(there):
-                message = f"{one.split}/{here} and {two.split}/{there} may show one place (details correlate by {likeness:.2f}): {hint}"
-                faults.append(Fault("same place?", f"{two.split}/{there}", message))
+    found = [split for split in dict.fromkeys(tiles.split for tiles in splits) if split in details.index]
+    for one, two in combinations(found, 2):
+        for i, j, likeness in alike_pairs(*(np.stack(details[split].to_list()) for split in (one, two))):
+            here, there = details[one].index[i], details[two].index[j]
+            if table["field"][one, here] != table["field"][two, there]:
+                message = f"{one}/{here} and {two}/{there} may show one place (details correlate by {likeness:.2f}): {hint}"
+                faults.append(Fault("same place?", f"{two}/{there}", message))
     return faults
 
 
@@ -286,7 +199,8 @@ class CheckReport:
 
     edition: str
     root: str
-    splits: dict[str, SplitStatistics]
+    labeled: dict[str, bool]  # split → whether its classes were published
+    tiles: pd.DataFrame  # rows by split and name; all counts are 0 where a fault prevents reading (`is_read` is False)
     faults: tuple[Fault, ...]
 
     @property
@@ -294,28 +208,43 @@ class CheckReport:
         "Return True if all faults are harmless, so that the tables can be trusted."
         return all(fault.kind in _HARMLESS for fault in self.faults)
 
+    def class_table(self, split: str) -> pd.DataFrame:
+        "Return pixels, share of the valid pixels in %, and tiles per class."
+        pixels, n_valid = self.tiles.loc[split]["pixels"], self.tiles.loc[split]["valid"].sum()
+        share = (100 * pixels.sum() / max(n_valid, 1)).round(3)
+        return pd.DataFrame({"pixels": pixels.sum(), "share, %": share, "tiles": (pixels > 0).sum()})
+
+    def channel_table(self, split: str) -> pd.DataFrame:
+        "Return mean and standard deviation of each channel, of values in [0, 1]."
+        return pd.DataFrame(dict(zip(("mean", "std"), mean_and_std(self.tiles.loc[split]), strict=True)), list(CHANNEL_NAMES)).round(4)
+
+    def describe(self, split: str) -> dict:
+        "Return the counts of a split as plain numbers and strings."
+        tiles = self.tiles.loc[split]
+        tiles = tiles[tiles["is_read"]]
+        return {
+            "tiles": len(tiles), "fields": tiles["field"].nunique(), "pixels": int((tiles["height"] * tiles["width"]).sum()),
+            "valid": int(tiles["valid"].sum()), "overlapping": int(tiles["overlapping"].sum()),
+            "sizes": Counter(f"{h}x{w}" for h, w in zip(tiles["height"], tiles["width"], strict=True)),
+            "classes": self.class_table(split).to_dict("index") if self.labeled[split] else None,
+            "channels": self.channel_table(split).to_dict("index"),
+        }  # fmt: skip
+
     def as_json(self) -> dict:
         "Return the report as plain numbers and strings."
-        splits = {}
-        for split, census in self.splits.items():
-            classes = census.class_table().to_dict("index") if census.labeled else None
-            splits[split] = {
-                "tiles": census.n_tiles, "fields": len(census.fields), "pixels": census.n_pixels, "valid": census.n_valid,
-                "overlapping": census.n_overlapping, "sizes": {f"{h}x{w}": n for (h, w), n in census.sizes.items()},
-                "classes": classes, "channels": census.channel_table().to_dict("index"),
-            }  # fmt: skip
-        faults = [vars(fault) for fault in self.faults]
+        splits, faults = {split: self.describe(split) for split in self.labeled}, [vars(fault) for fault in self.faults]
         return {"edition": self.edition, "root": self.root, "trustworthy": self.is_trustworthy, "splits": splits, "faults": faults}
 
     def as_text(self) -> str:
         "Return the report as text."
         lines = [f"{self.root}: {find_edition(self.edition).title} ({self.edition})"]
-        for split, census in self.splits.items():
-            sizes = ", ".join(f"{h}×{w}" for h, w in census.sizes)
-            valid, overlap = (100 * n / max(d, 1) for n, d in ((census.n_valid, census.n_pixels), (census.n_overlapping, census.n_valid)))
-            lines += ["", f"{split}: {census.n_tiles} tiles of {sizes} pixels, {len(census.fields)} fields, {valid:.1f} % valid"]
-            labelled = [census.class_table().to_string(), f"{overlap:.2f} % of the valid pixels in two classes or more"]
-            lines += labelled if census.labeled else ["without labels"]
+        for split, is_labeled in self.labeled.items():
+            n = self.describe(split)
+            sizes = ", ".join(n["sizes"]).replace("x", "×")
+            valid, overlap = (100 * part / max(whole, 1) for part, whole in ((n["valid"], n["pixels"]), (n["overlapping"], n["valid"])))
+            lines += ["", f"{split}: {n['tiles']} tiles of {sizes} pixels, {n['fields']} fields, {valid:.1f} % valid"]
+            labels = [self.class_table(split).to_string(), f"{overlap:.2f} % of the valid pixels in two classes or more"]
+            lines += labels if is_labeled else ["without labels"]
         lines += [""] + [f"{fault.kind}: {fault.message}" for fault in self.faults]
         verdict = "the tables can be trusted" if self.is_trustworthy else "the tables could NOT be trusted"
         n_harmless = sum(fault.kind in _HARMLESS for fault in self.faults)
@@ -331,8 +260,7 @@ def check_data(
     "Check every split of a data set."
     data = data or detect_edition(root)
     splits = open_splits(data, root)
-    reports = {tiles.split: _check_split(tiles, n_workers or os.cpu_count() or 1, shows_progress) for tiles in splits}
-    digests = {split: report.digests for split, report in reports.items()}
-    faults = [fault for report in reports.values() for fault in report.faults] + _find_repeats(digests)
-    faults += _find_shared_fields(splits) + _find_alike(splits, {split: report.details for split, report in reports.items()})
-    return CheckReport(data, str(root), {split: report.census for split, report in reports.items()}, tuple(faults))
+    table = pd.concat({tiles.split: _check_split(tiles, n_workers or os.cpu_count() or 1, shows_progress) for tiles in splits})
+    faults = [fault for tiles in splits for fault in [*chain(*table["faults"][tiles.split]), *_find_strays(tiles)]]
+    faults += _find_repeats(table) + _find_shared_fields(splits) + _find_alike(splits, table)
+    return CheckReport(data, str(root), {tiles.split: tiles.labeled for tiles in splits}, table, tuple(faults))

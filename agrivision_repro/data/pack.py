@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
-import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Lock
-from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from filelock import FileLock
 from tqdm import tqdm
 
 from agrivision_repro.core import worker_pool
-from agrivision_repro.data.check import count_tile
+from agrivision_repro.data.buffers import POOL
+from agrivision_repro.data.counts import count_table, count_tile
 from agrivision_repro.data.editions import find_edition, home_of, open_tiles
 from agrivision_repro.data.tiles import Tile, Tiles
 
@@ -32,7 +29,7 @@ def _code_type(classes: Sequence[str]) -> np.dtype:
     return np.dtype(np.uint8 if len(classes) <= 8 else np.uint16)
 
 
-def encode(
+def encode_tile(
     tile: Tile,
     dtype: np.dtype,  # of `_code_type`
 ) -> np.ndarray:  # `(H, W)`
@@ -40,7 +37,7 @@ def encode(
     return tile.labels.astype(dtype) | tile.valid * dtype.type(1 << 8 * dtype.itemsize - 1)
 
 
-def decode(
+def decode_tile(
     codes: np.ndarray,  # `(H, W)`
     planes: np.ndarray,  # receives labels and valid, `(2, H, W)` uint8
 ) -> None:
@@ -48,62 +45,6 @@ def decode(
     top = codes.dtype.type(1 << 8 * codes.itemsize - 1)
     np.bitwise_and(codes, top - 1, out=planes[0], casting="unsafe")
     np.greater_equal(codes, top, out=planes[1].view(bool))
-
-
-class Counts(NamedTuple):
-    "Integer counts over the valid pixels of each of N tiles, sufficient for statistics and weights."
-
-    valid: np.ndarray  # valid pixels, `(N,)` int64
-    pixels: np.ndarray  # of each class, `(N, C)`
-    sums: np.ndarray  # of the bytes of R, G, B, NIR, `(N, 4)`
-    squares: np.ndarray  # of their squares, `(N, 4)`
-
-    @classmethod
-    def of(cls, tiles: Iterable[Sequence]) -> Counts:
-        "Stack the counts of single tiles."
-        return cls(*(np.array(column, np.int64) for column in zip(*tiles, strict=True)))
-
-
-def tile_counts(
-    tile: Tile,
-    classes: tuple[str, ...],  # background first
-) -> list:  # the fields of `Counts` for one tile, in JSON types
-    "Count one tile."
-    census = count_tile(tile, classes)
-    return [census.n_valid, *(found.tolist() for found in (census.pixels, census.sums, census.squares))]
-
-
-class Recycler:
-    "Buffers for large arrays, reused once no array or tensor refers to them."
-
-    def __init__(
-        self,
-        limit: float = 5e8,  # bytes to keep
-    ):
-        self.limit, self.kept, self.lock = limit, [], Lock()
-
-    def take(
-        self,
-        shape: Sequence[int],
-        dtype: np.dtype | type,
-    ) -> np.ndarray:  # not initialized
-        "Return an array in a free buffer."
-        n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-        with self.lock:
-            return self.find(n_bytes)[:].view(dtype).reshape(shape)  # a view refers to its buffer
-
-    def find(self, n_bytes: int) -> np.ndarray:
-        "Return a buffer of that size that only this list refers to, or allocate one."
-        for memory in self.kept:
-            if memory.nbytes == n_bytes and sys.getrefcount(memory) == 3:  # the list, this name and the call's argument
-                return memory
-        self.kept.append(np.empty(n_bytes, np.uint8))
-        while len(self.kept) > 1 and sum(memory.nbytes for memory in self.kept) > self.limit:
-            self.kept.pop(0)
-        return self.kept[-1]
-
-
-recycler = Recycler()
 
 
 class PackedTiles(Sequence):
@@ -120,8 +61,8 @@ class PackedTiles(Sequence):
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise ValueError(f"{self.folder / 'index.json'} has an unknown format ({error!r}): {_REPAIR}") from error
         self.is_checked = np.zeros(len(self.names), bool)
-        self.images = Slots.open(self.folder / "images.npy", (len(self), 4, *self.shape), np.dtype(np.uint8))
-        self.labels = Slots.open(self.folder / "labels.npy", (len(self), *self.shape), self.dtype)
+        self.images = _EntryReader(self.folder / "images.npy", (len(self), 4, *self.shape), np.dtype(np.uint8))
+        self.labels = _EntryReader(self.folder / "labels.npy", (len(self), *self.shape), self.dtype)
 
     def describe(self, index: dict) -> None:
         "Set the attributes from an index."
@@ -131,7 +72,7 @@ class PackedTiles(Sequence):
         self.fields = [tile["field"] for tile in index["tiles"]]  # that each tile was cut from
         self.place = {name: i for i, name in enumerate(self.names)}
         self.sizes = [{role: size for role, (size, _) in tile["files"].items()} for tile in index["tiles"]]
-        self.counts = Counts.of(tile["counts"] for tile in index["tiles"])
+        self.counts = count_table((tile["counts"] for tile in index["tiles"]), self.classes, self.names)
         self.crc = [tile["crc"] for tile in index["tiles"]]
 
     def file_sizes(self, name: str) -> dict[str, int]:
@@ -143,40 +84,32 @@ class PackedTiles(Sequence):
 
     def __getitem__(self, i: int) -> Tile:
         i = range(len(self))[i]
-        tile = Tile(self.names[i], recycler.take((6, *self.shape), np.uint8))
-        codes = recycler.take(self.shape, self.dtype)
+        tile = Tile(self.names[i], POOL.lease((6, *self.shape), np.uint8))
+        codes = POOL.lease(self.shape, self.dtype)
         self.images.read(i, tile.image)
         self.labels.read(i, codes)
         if not self.is_checked[i]:
-            if checksum(tile.image, codes) != self.crc[i]:
+            if tile_checksum(tile.image, codes) != self.crc[i]:
                 raise ValueError(f"tile {self.names[i]} in {self.folder} is damaged: {_REPAIR}")
             self.is_checked[i] = True
-        decode(codes, tile.planes[4:])
+        decode_tile(codes, tile.planes[4:])
         return tile
 
 
 _REPAIR = "make the pack again with agrivision data pack"
 
 
-@dataclass(frozen=True)
-class Slots:
-    "The entries of an `.npy` file, read and not mapped: mapped pages would count as memory of the process."
+class _EntryReader:
+    "Reader of the entries of an `.npy` file; pages mapped from it would count as memory of the process."
 
-    path: Path
-    shape: tuple[int, ...]  # of one entry
-    dtype: np.dtype
-    start: int  # bytes of the file's header
-
-    @classmethod
-    def open(cls, path: Path, shape: tuple[int, ...], dtype: np.dtype) -> Slots:
-        "Open a file; raise ValueError unless it is a complete array of that shape and type."
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype):  # the shape and type that the whole array must have
         try:
             found = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{path} cannot be opened ({error}): {_REPAIR}") from error
         if found.shape != shape or found.dtype != dtype:
             raise ValueError(f"{path} is {found.shape} {found.dtype}, wanted {shape} {dtype}: {_REPAIR}")
-        return cls(path, shape[1:], dtype, found.offset)
+        self.path, self.start = path, found.offset
 
     def read(self, i: int, entry: np.ndarray) -> None:
         "Read the i-th entry into an array of its shape and type."
@@ -186,7 +119,7 @@ class Slots:
                 raise ValueError(f"{self.path} ends before its entry {i}: {_REPAIR}")
 
 
-def checksum(image: np.ndarray, codes: np.ndarray) -> int:
+def tile_checksum(image: np.ndarray, codes: np.ndarray) -> int:
     "Compute the CRC-32 of a tile's bytes."
     return zlib.crc32(codes, zlib.crc32(image))
 
@@ -219,11 +152,11 @@ def pack_tile(
     images, labels = (np.load(folder / f"{kind}.npy", mmap_mode="r+") for kind in ("images", "labels"))
     if tile.image.shape != images.shape[1:]:
         raise ValueError(f"tile {name} is {tile.image.shape}, the first one {images.shape[1:]}: a pack holds tiles of one size")
-    images[i], labels[i] = tile.image, encode(tile, labels.dtype)
+    images[i], labels[i] = tile.image, encode_tile(tile, labels.dtype)
     files = {role: path.read_bytes() for role, path in tiles.files(name).items()}
     sums = {role: (len(content), hashlib.blake2b(content, digest_size=8).hexdigest()) for role, content in files.items()}
-    known = {"name": name, "field": tiles.fields[i], "counts": tile_counts(tile, tiles.classes)}
-    return {**known, "crc": checksum(images[i], labels[i]), "files": sums}
+    known = {"name": name, "field": tiles.fields[i], "counts": count_tile(tile, tiles.classes)}
+    return {**known, "crc": tile_checksum(images[i], labels[i]), "files": sums}
 
 
 def start_pack(tiles: Tiles, folder: Path) -> dict:  # the index without its tiles
@@ -263,7 +196,7 @@ def _read_journal(tiles: Tiles, folder: Path) -> dict[str, dict]:  # name → en
             entry = json.loads(line)
             i, sizes = place[entry["name"]], {role: size for role, (size, _) in entry["files"].items()}
             is_same = sizes == tiles.file_sizes(entry["name"]) and entry["field"] == tiles.fields[i]
-            is_done = is_same and checksum(images[i], labels[i]) == entry["crc"]
+            is_done = is_same and tile_checksum(images[i], labels[i]) == entry["crc"]
         except (ValueError, KeyError, TypeError, AttributeError):  # a line left incomplete by a killed process
             continue
         if is_done:
@@ -325,19 +258,20 @@ def count_tiles(
     tiles: Tiles | PackedTiles,
     n_workers: int = 0,  # processes; 0: one per core
     shows_progress: bool = False,  # a progress bar on stderr
-) -> Counts:
+) -> pd.DataFrame:  # of `count_table`
     "Return the counts of every tile of a split."
     if isinstance(tiles, PackedTiles):
         return tiles.counts
     with worker_pool(n_workers or os.cpu_count() or 1) as pool:
         work = partial(_count_one, tiles)
         found = pool.map(work, range(len(tiles)), chunksize=16) if pool else map(work, range(len(tiles)))
-        return Counts.of(tqdm(found, f"counting {tiles.split}", len(tiles), unit="tile", disable=not shows_progress))
+        bar = tqdm(found, f"counting {tiles.split}", len(tiles), unit="tile", disable=not shows_progress)
+        return count_table(bar, tiles.classes, tiles.names)
 
 
 def _count_one(tiles: Tiles, i: int) -> list:
     "Read and count one tile."
-    return tile_counts(tiles[i], tiles.classes)
+    return count_tile(tiles[i], tiles.classes)
 
 
 def open_split(

@@ -5,13 +5,9 @@
 # %% ../../nbs/12_synthetic.ipynb #cell-02
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import cos, exp, inf, isqrt, pi, sin
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -21,11 +17,10 @@ from .tiles import pack_labels
 
 # %% auto #0
 __all__ = ['MATERIALS', 'HAZE', 'GAIN', 'SHOT_NOISE', 'READ_NOISE', 'MIN_PERIOD', 'WAVES', 'SKY', 'ANOMALIES', 'HIDDEN_BY',
-           'RECIPES', 'GENERATOR', 'SPLITS', 'ALPHABET', 'STEP', 'smooth_noise', 'ramp', 'turn', 'reflectance', 'lay',
-           'photograph', 'Field', 'plough', 'row_cover', 'plant', 'double_plant', 'planter_skip', 'waterway',
-           'standing_water', 'weed_cluster', 'cloud_shadow', 'edge_distance', 'surround', 'lost_pixels', 'FieldRaster',
-           'crop_stage', 'drop_hidden', 'tiles_across', 'make_field', 'Farmland', 'field_name', 'tile_files',
-           'write_tile', 'write_split', 'holds_farm', 'write_farmland']
+           'RECIPES', 'smooth_noise', 'ramp', 'rotate_coordinates', 'reflectance', 'lay', 'photograph', 'Field',
+           'plough', 'row_cover', 'plant', 'double_plant', 'planter_skip', 'waterway', 'standing_water', 'weed_cluster',
+           'cloud_shadow', 'edge_distance', 'surround', 'lost_pixels', 'FieldRaster', 'crop_stage', 'drop_hidden',
+           'tiles_across', 'make_field']
 
 # %% ../../nbs/12_synthetic.ipynb #cell-05
 def smooth_noise(
@@ -54,7 +49,7 @@ def ramp(
     return t * t * (3 - 2 * t)
 
 
-def turn(
+def rotate_coordinates(
     x: np.ndarray,
     y: np.ndarray,
     angle: float,  # radians
@@ -141,7 +136,7 @@ def plough(
 ) -> Field:
     "Make bare ground with a direction of rows, a color, damp hollows and sunlight."
     x, n = (np.arange(side, dtype=np.float32) + 0.5 - side / 2) / size, side / size
-    along, across = turn(x[None], x[:, None], rng.uniform(0, pi))
+    along, across = rotate_coordinates(x[None], x[:, None], rng.uniform(0, pi))
     bend = rng.uniform(0, 0.05) if rng.random() < 0.4 else 0.01  # some rows follow the slope
     across = across + bend * smooth_noise(rng, side, n / 1.5)
     period = max(MIN_PERIOD, size / 48) * rng.uniform(1, 1.5) / size  # maize: 0.76 m, 1/67 of a 51 m tile
@@ -220,7 +215,7 @@ WAVES = ((0.14, 2.5), (0.05, 0.9), (0.015, 0.3))  # amplitude and length of the 
 
 def waterway(field: Field, rng: np.random.Generator) -> np.ndarray:  # `(H, W)` bool
     "Draw a meandering band of grass across the field."
-    along, across = turn(field.along, field.across, rng.uniform(0, pi))
+    along, across = rotate_coordinates(field.along, field.across, rng.uniform(0, pi))
     bend = sum(a * np.sin(2 * pi / length * along + rng.uniform(0, 2 * pi)) for a, length in WAVES)
     distance = np.abs(across - rng.uniform(-0.5, 0.5) - bend)
     width = rng.uniform(0.07, 0.11) * (1 + 0.15 * field.noise(rng, 0.3, 3))
@@ -282,7 +277,7 @@ def edge_distance(field: Field, rng: np.random.Generator) -> np.ndarray:  # `(H,
         return np.hypot(field.along - float(x), field.across - float(y)) - half * rng.uniform(1.05, 1.25)
     angles = (pi / 2 * np.arange(4) + rng.normal(0, 0.1, 4)).tolist()  # nearly along and across the rows
     reaches = (half * rng.uniform(0.82, 1.5, 4)).tolist()  # beyond 1 to 1.4 an edge is out of sight
-    return np.max([turn(field.along, field.across, a)[0] - r for a, r in zip(angles, reaches, strict=True)], axis=0)
+    return np.max([rotate_coordinates(field.along, field.across, a)[0] - r for a, r in zip(angles, reaches, strict=True)], axis=0)
 
 # %% ../../nbs/12_synthetic.ipynb #cell-50
 def surround(field: Field, rng: np.random.Generator) -> np.ndarray:  # `(H, W)` bool, True in the field
@@ -301,7 +296,7 @@ def lost_pixels(field: Field, rng: np.random.Generator) -> np.ndarray:  # `(H, W
     "Mark a strip at the rim of one field in six."
     half = len(field.along) / field.size / 2
     reach = half * rng.uniform(0.8, 1.0) if rng.random() < 1 / 6 else inf
-    return turn(field.along, field.across, rng.uniform(0, 2 * pi))[0] > reach
+    return rotate_coordinates(field.along, field.across, rng.uniform(0, 2 * pi))[0] > reach
 
 # %% ../../nbs/12_synthetic.ipynb #cell-52
 @dataclass(frozen=True)
@@ -372,104 +367,3 @@ RECIPES = (
     ("weed_cluster", "cloud_shadow", "double_plant"),
     ("waterway", "standing_water"),
 )
-GENERATOR = 2  # increment it when any pixel changes, so that an old tree is not mistaken for a new one
-SPLITS = ("train", "val", "test")
-ALPHABET, STEP = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ", 62_767_505_117_291  # no factor 2 or 3: coprime to 36⁹
-
-# %% ../../nbs/12_synthetic.ipynb #cell-58
-@dataclass(frozen=True)
-class Farmland:
-    "Parameters of a tree of synthetic tiles."
-
-    size: int = 512  # side of a tile, pixels: a multiple of 16, at least 32
-    train_fields: int = 24
-    val_fields: int = 8
-    test_fields: int = 2
-    tiles_per_field: int = 4  # a square number
-    seed: int = 0  # at least 0
-
-    def __post_init__(self):
-        for name, value in asdict(self).items():
-            if not isinstance(value, int) or value < (0 if name == "seed" else 1):
-                raise ValueError(f"{name} is {value!r}: wanted an integer, {int(name != 'seed')} or more")
-        if self.size < 32 or self.size % 16:
-            raise ValueError(f"size is {self.size}: wanted a multiple of 16, at least 32, such as 128 or 512")
-        tiles_across(self.tiles_per_field)
-
-    def describe(self) -> dict[str, int]:
-        "Return the parameters that determine every byte."
-        return {"generator": GENERATOR, **asdict(self)}
-
-# %% ../../nbs/12_synthetic.ipynb #cell-61
-def field_name(farm: Farmland, split: str, field: int) -> str:
-    "Return the name of a field, nine characters of A-Z and 0-9."
-    start = int(np.random.SeedSequence(farm.seed).generate_state(1, np.uint64)[0])
-    number = (start + (len(SPLITS) * field + SPLITS.index(split)) * STEP) % 36**9
-    return "".join(ALPHABET[number // 36**k % 36] for k in reversed(range(9)))
-
-# %% ../../nbs/12_synthetic.ipynb #cell-63
-def tile_files(
-    raster: FieldRaster,
-    rows: slice,  # of the tile in the raster
-    columns: slice,
-    has_labels: bool,
-) -> dict[str, np.ndarray]:  # folder → `(H, W)` or `(H, W, 3)` uint8
-    "Cut out one tile and return the pixels of each of its files."
-    image, bits = raster.image[:, rows, columns], raster.labels[rows, columns]
-    labels = {f"labels/{name}": bits >> k & 1 for k, name in enumerate(AGRIVISION_2020)} if has_labels else {}
-    masks = {"boundaries": raster.boundary[rows, columns], "masks": raster.mask[rows, columns], **labels}
-    pictures = {"images/rgb": image[:3].transpose(1, 2, 0), "images/nir": image[3]}
-    return pictures | {folder: mask.astype(np.uint8) * 255 for folder, mask in masks.items()}
-
-# %% ../../nbs/12_synthetic.ipynb #cell-64
-def write_tile(folder: Path, name: str, files: dict[str, np.ndarray]) -> None:
-    "Write the files of one tile under the folder of its split."
-    for place, pixels in files.items():
-        image = Image.fromarray(np.ascontiguousarray(pixels))
-        (folder / place).mkdir(parents=True, exist_ok=True)
-        if place.startswith("images/"):
-            image.save(folder / place / f"{name}.jpg", quality=92, subsampling=0)  # rows of 4 pixels keep their color
-        else:
-            image.save(folder / place / f"{name}.png", compress_level=1)
-
-
-def write_split(folder: Path, farm: Farmland, split: str) -> None:
-    "Write every tile of one split."
-    starts = range(0, farm.size * tiles_across(farm.tiles_per_field), farm.size)
-    for field in range(getattr(farm, f"{split}_fields")):
-        seed = (farm.seed, SPLITS.index(split), field)
-        raster = make_field(seed, farm.size, farm.tiles_per_field, RECIPES[field % len(RECIPES)])
-        for y, x in ((y, x) for y in starts for x in starts):
-            name = f"{field_name(farm, split, field)}_{x}-{y}-{x + farm.size}-{y + farm.size}"
-            files = tile_files(raster, slice(y, y + farm.size), slice(x, x + farm.size), split != "test")
-            write_tile(folder / split, name, files)
-
-# %% ../../nbs/12_synthetic.ipynb #cell-66
-def holds_farm(root: Path, farm: Farmland) -> bool:
-    "Return True if a folder has this data set already; raise ValueError if it has anything else."
-    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
-        return False
-    note = root / "farmland.json"
-    found = note.read_text() if note.is_file() else "no farmland.json"
-    if found != json.dumps(farm.describe()):
-        raise ValueError(f"{root} holds something other than this synthetic data set ({found[:200]}): choose another folder or remove it")
-    return True
-
-# %% ../../nbs/12_synthetic.ipynb #cell-67
-def write_farmland(root: str | Path, farm: Farmland) -> Path:
-    "Write synthetic data in the layout of Agriculture-Vision 2020, unless they exist."
-    root = Path(root).absolute()
-    if holds_farm(root, farm):
-        return root
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as workshop:
-        tree = Path(workshop) / root.name
-        for split in SPLITS:
-            write_split(tree, farm, split)
-        (tree / "farmland.json").write_text(json.dumps(farm.describe()))
-        try:
-            os.rename(tree, root)
-        except OSError:
-            if not holds_farm(root, farm):  # no other process wrote it first
-                raise
-    return root

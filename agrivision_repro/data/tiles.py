@@ -20,8 +20,9 @@ from PIL import Image
 from ..plots import CLASS_COLORS, add_class_legend, draw_panel, paint_classes
 
 # %% auto #0
-__all__ = ['BANDS', 'LZW', 'SMALL', 'Tile', 'pack_labels', 'unpack_labels', 'BadFile', 'decode_small', 'decode', 'read_image',
-           'Tiles', 'places_in_both', 'paint_labels', 'as_panels', 'draw_labels', 'contact_sheet']
+__all__ = ['BANDS', 'LZW', 'SMALL', 'Tile', 'pack_labels', 'unpack_labels', 'BadFile', 'decode_small', 'decode_image',
+           'read_image', 'need_folders', 'Tiles', 'places_in_both', 'paint_labels', 'as_panels', 'draw_labels',
+           'contact_sheet']
 
 # %% ../../nbs/10_tiles.ipynb #cell-05
 @dataclass(frozen=True)
@@ -86,10 +87,10 @@ class BadFile(ValueError):
 @lru_cache(maxsize=64)
 def decode_small(content: bytes) -> np.ndarray:
     "Decode a small file, cached by content: most labels are empty and most masks full, so their files are equal."
-    return decode(content)
+    return decode_image(content)
 
 
-def decode(
+def decode_image(
     content: bytes,  # of a complete image file
 ) -> np.ndarray:  # `(H, W)` or `(H, W, bands)`
     "Decode an image file."
@@ -111,7 +112,7 @@ def read_image(
     "Decode one complete image file and check its bands, type and size."
     try:
         content = path.read_bytes()
-        pixels = (decode_small if len(content) < SMALL else decode)(content)
+        pixels = (decode_small if len(content) < SMALL else decode_image)(content)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is missing: unpack it again, or remove this tile from every folder") from error
     except Exception as error:  # damaged bytes make decoders raise many types, e.g. zlib.error, IndexError, MemoryError
@@ -126,6 +127,19 @@ def read_image(
     return pixels
 
 # %% ../../nbs/10_tiles.ipynb #cell-13
+def need_folders(root: Path, folders: Sequence[str], layout: str) -> None:
+    "Raise one error that lists every folder that a layout needs and `root` lacks."
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not a folder: pass the folder that contains the data")
+    missing = [f for f in folders if not (root / f).is_dir()]
+    if missing:
+        found = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
+        raise FileNotFoundError(
+            f"{root} lacks {', '.join(missing)} of the layout {layout!r} (it contains: {found}): "
+            f"pass the folder that contains {folders[0]}, or choose another data set"
+        )
+
+
 class Tiles(Sequence):
     "The tiles of one split, read from disk on access; each subclass reads one layout."
 

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from ..core import check_choice
-from ..data.batches import IMAGENET, INVERSE, TURNS, Statistics, select_channels
+from ..data.batches import IMAGENET, Statistics, select_channels
 from ..runs.store import Result
 from ..training.engine import Engine, make_engine
-from ..training.evaluate import TTA
+from ..training.evaluate import TTA, predict_turned
 
 # %% auto #0
-__all__ = ['AT_ONCE', 'window_starts', 'blend_weights', 'turn_image', 'Predictor', 'load_predictor', 'describe_model',
-           'own_window', 'blend_row', 'predict_strips', 'predict_image']
+__all__ = ['AT_ONCE', 'window_starts', 'blend_weights', 'Predictor', 'load_predictor', 'describe_model', 'own_window',
+           'blend_row', 'predict_strips', 'predict_image']
 
 # %% ../../nbs/80_windows.ipynb #cell-05
 def window_starts(
@@ -48,16 +48,6 @@ def blend_weights(
     return starts, np.stack([bell / total[start : start + side] for start in starts]).astype(np.float32)
 
 # %% ../../nbs/80_windows.ipynb #cell-10
-def turn_image(
-    x: Tensor,  # `(…, H, W)`
-    element: int,  # of D4, as in `batches.turn`
-) -> Tensor:  # `(…, H, W)` or `(…, W, H)`
-    "Rotate and flip images that need not be square."
-    flipped, is_exchanged = TURNS[element]
-    x = x.flip(flipped)
-    return x.swapaxes(-2, -1) if is_exchanged else x
-
-
 @dataclass(frozen=True)
 class Predictor:
     "A model with its input channels, their normalization and test-time augmentation."
@@ -74,9 +64,8 @@ class Predictor:
         images: Tensor,  # R, G, B, NIR, `(B, 4, H, W)` uint8
     ) -> Tensor:  # logits `(B, C, H, W)` float32, on the CPU
         "Predict windows."
-        x, elements = select_channels(images.to(self.engine.device), self.channels, self.statistics), TTA[self.tta]
-        turned = (turn_image(self.engine.predict(self.model, turn_image(x, e)).float(), INVERSE[e]) for e in elements)
-        return (sum(turned) / len(elements)).cpu()
+        x = select_channels(images.to(self.engine.device), self.channels, self.statistics)
+        return predict_turned(self.model, x, self.engine, self.tta).cpu()
 
 # %% ../../nbs/80_windows.ipynb #cell-11
 def load_predictor(

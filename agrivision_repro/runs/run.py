@@ -14,7 +14,7 @@ import torch
 
 from ..data.batches import CHANNELS
 from ..data.editions import Edition, find_edition
-from ..data.synthetic import Farmland
+from ..data.synthetic_files import SyntheticConfig
 from ..losses import HybridLoss
 from ..models.deeplab import DeepLabV3Plus
 from ..training.schedule import RECIPES, Recipe
@@ -28,7 +28,7 @@ class Scale:
     "The size of a reproduction: recipe and synthetic tiles."
 
     recipe: Recipe
-    farm: Farmland  # the tiles generated for synthetic data
+    farm: SyntheticConfig  # the tiles generated for synthetic data
     tuned: Mapping[str, Mapping] = field(default_factory=dict)  # data set → recipe fields tuned on it
 
     def recipe_for(self, data: str) -> Recipe:
@@ -42,21 +42,21 @@ SCALES = {
             1, 3, 6, lr=0.03, batch_size=4, crop=32, width=1 / 16, pretrained=False,
             recalibrate=4, evaluate_every=5, max_val_tiles=4,
         ),
-        Farmland(size=64, train_fields=2, val_fields=1, test_fields=1),
+        SyntheticConfig(size=64, train_fields=2, val_fields=1, test_fields=1),
     ),
     "laptop": Scale(  # about a minute per run with two runs in parallel on two cores
         Recipe(
             60, 70, 170, lr=0.2, batch_size=8, crop=128, width=1 / 4, pretrained=False,
             recalibrate=64, evaluate_every=500, max_val_tiles=96,
         ),
-        Farmland(size=128, train_fields=80, val_fields=48, test_fields=1),
+        SyntheticConfig(size=128, train_fields=80, val_fields=48, test_fields=1),
         {"synthetic": {"warmup": 100, "constant": 117, "decay": 283, "lr": 0.4, "crop": 96}},
     ),
     "workstation": Scale(  # minutes per run on one GPU; not tuned
         Recipe(600, 700, 1_700, lr=0.05, batch_size=16, crop=128, pretrained=False, recalibrate=256, evaluate_every=1_000),
-        Farmland(size=256, train_fields=200, val_fields=60, test_fields=2),
+        SyntheticConfig(size=256, train_fields=200, val_fields=60, test_fields=2),
     ),
-    "paper": Scale(Recipe(), Farmland(size=512, train_fields=400, val_fields=100, test_fields=10)),
+    "paper": Scale(Recipe(), SyntheticConfig(size=512, train_fields=400, val_fields=100, test_fields=10)),
 }  # fmt: skip
 
 # %% ../../nbs/60_runs.ipynb #cell-06
@@ -73,7 +73,7 @@ class Run:
 
     recipe: Recipe
     data: str = "synthetic"  # an edition of `data.EDITIONS`
-    farm: Farmland | None = None  # the synthetic tiles; None for real data
+    farm: SyntheticConfig | None = None  # the synthetic tiles; None for real data
     channels: str = "rgbn"  # the model's input: a key of `batches.CHANNELS`
     statistics: str = "imagenet"  # for normalizing channels; "dataset": those of the training tiles
     depth: int = 101  # of the ResNet

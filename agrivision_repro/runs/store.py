@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 import agrivision_repro
 from agrivision_repro.core import ANEW, check_choice, read_json
 from agrivision_repro.data.batches import Statistics
-from agrivision_repro.data.synthetic import Farmland
+from agrivision_repro.data.synthetic_files import SyntheticConfig
 from agrivision_repro.models.deeplab import DeepLabV3Plus
 from agrivision_repro.runs.run import Run, build_model
 from agrivision_repro.training.checkpoint import read_metadata, read_tensors
@@ -249,5 +249,5 @@ def read_result(folder: Path) -> Result:
     with _refusing(folder):
         described = dict(record["run"])
         recipe, farm = Recipe(**described.pop("recipe")), described.pop("farm")
-        run = Run(recipe, farm=Farmland(**farm) if farm else None, **described)
+        run = Run(recipe, farm=SyntheticConfig(**farm) if farm else None, **described)
     return Result(run, folder, record, read_json(folder / "scores.json"))

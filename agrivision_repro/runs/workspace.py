@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+import pandas as pd
 import torch
 from torch.utils.data import Subset
 
@@ -22,8 +23,8 @@ import agrivision_repro
 from agrivision_repro.core import Stopped, check_choice, read_json, replace_file, write_array, write_json
 from agrivision_repro.data.batches import IMAGENET, SAMPLERS, TileDataset, dataset_statistics, rare_class_weights, thin_out
 from agrivision_repro.data.editions import fingerprint
-from agrivision_repro.data.pack import Counts, PackedTiles, count_tiles, open_split, pack_split
-from agrivision_repro.data.synthetic import Farmland, write_farmland
+from agrivision_repro.data.pack import PackedTiles, count_tiles, open_split, pack_split
+from agrivision_repro.data.synthetic_files import SyntheticConfig, write_synthetic
 from agrivision_repro.data.tiles import Tile, Tiles, places_in_both
 from agrivision_repro.runs.run import Run, build_loss, build_model, run_id
 from agrivision_repro.runs.store import CHECKPOINTS, TILES, Result, hold, provenance, read_result
@@ -79,20 +80,20 @@ class Workspace:
         "Return True if models are trained on a GPU."
         return self.device == "auto" and torch.accelerator.is_available()
 
-    def root(self, data: str, farm: Farmland | None) -> Path:
+    def root(self, data: str, farm: SyntheticConfig | None) -> Path:
         "Return the folder of a data set, writing it first if it is synthetic."
         if farm is not None:
             name = hashlib.sha256(repr(farm).encode()).hexdigest()[:8]
-            return write_farmland(self.out / "data" / f"farmland-{name}", farm)
+            return write_synthetic(self.out / "data" / f"farmland-{name}", farm)
         if self.data_root is None:
             raise ValueError(f"data is {data!r}, which is not shipped: name its folder with --data-root (data_root)")
         return self.data_root
 
-    def identify(self, data: str, farm: Farmland | None) -> str:
+    def identify(self, data: str, farm: SyntheticConfig | None) -> str:
         "Compute the fingerprint of the splits used for training and scoring."
         return fingerprint([open_split(data, self.root(data, farm), split) for split in ("train", "val")])
 
-    def open(self, data: str, farm: Farmland | None, split: str) -> Tiles | PackedTiles:
+    def open(self, data: str, farm: SyntheticConfig | None, split: str) -> Tiles | PackedTiles:
         "Open a split from its pack; a small split without a pack is packed into the results folder."
         tiles = open_split(data, self.root(data, farm), split)
         if isinstance(tiles, PackedTiles) or len(tiles) * tiles[0].image.nbytes > _PACK_UP_TO:
@@ -140,7 +141,7 @@ class Workspace:
         weights = rare_class_weights(self.counts(run.data, run.farm))[self.kept(run, split)] if is_rare else None
         return TileDataset(self.tiles(run, split), channels or run.channels, len(run.edition.classes), own, weights)
 
-    def counts(self, data: str, farm: Farmland | None) -> Counts:
+    def counts(self, data: str, farm: SyntheticConfig | None) -> pd.DataFrame:  # of `count_table`
         "Return the counts of the training tiles."
         return count_tiles(self.open(data, farm, "train"), shows_progress=True)
 

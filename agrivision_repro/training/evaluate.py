@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from agrivision_repro.data.batches import INVERSE, TileDataset, scoring_loader, turn
+from agrivision_repro.data.batches import INVERSE, TileDataset, apply_d4, scoring_loader
 from agrivision_repro.metrics import AveragePrecision, ChallengeIoU, ClassMetric, MultilabelIoU, tile_overlap
 from agrivision_repro.training.engine import Engine
 
@@ -21,6 +21,16 @@ METRICS: dict[str, Callable[[int], ClassMetric]] = {
 
 
 TTA = {"none": (0,), "d4": tuple(range(8))}  # elements of D4 whose logits are averaged
+
+
+def predict_turned(
+    model: nn.Module,  # in evaluation mode
+    x: Tensor,  # `(B, 3 or 4, H, W)` float32, normalized
+    engine: Engine,
+    tta: str,  # a key of `TTA`
+) -> Tensor:  # logits `(B, C, H, W)` float32
+    "Predict rotated and flipped images, and average the logits."
+    return sum(apply_d4(engine.predict(model, apply_d4(x, e)).float(), INVERSE[e]) for e in TTA[tta]) / len(TTA[tta])
 
 
 @torch.no_grad()
@@ -38,7 +48,7 @@ def score_tiles(
     share = {"rank": engine.accelerator.process_index, "n_processes": engine.accelerator.num_processes}
     model.eval().to(memory_format=torch.channels_last)  # as in training: other layouts change the logits' last bits, and so the ranking
     for batch in scoring_loader(feed.tiles, prepare=feed.prepare(engine.device), **share):
-        logits = sum(turn(engine.predict(model, turn(batch.x, e)).float(), INVERSE[e]) for e in TTA[tta]) / len(TTA[tta])
+        logits = predict_turned(model, batch.x, engine, tta)
         for metric in metrics.values():
             metric.update(logits, batch.targets, batch.valid)
         tiles[batch.index] = tile_overlap(logits, batch.targets, batch.valid)

@@ -18,7 +18,7 @@ from agrivision_repro.analysis import significance as paired
 from agrivision_repro.analysis.significance import draw_differences, paired_bootstrap, resample_iou, stack_seeds, sum_groups
 from agrivision_repro.cli.app import main
 from agrivision_repro.data.batches import make_batch, whole_tile
-from agrivision_repro.data.editions import UrbanTrees
+from agrivision_repro.data.readers import UrbanTrees
 from agrivision_repro.metrics import MultilabelIoU, tile_overlap
 from agrivision_repro.runs.run import plan_run
 from agrivision_repro.runs.workspace import Workspace, score_again

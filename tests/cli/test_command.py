@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from agrivision_repro.cli.app import main
-from agrivision_repro.data.synthetic import Farmland, write_farmland
+from agrivision_repro.data.synthetic_files import SyntheticConfig, write_synthetic
 
 BIN = Path(sys.executable).parent
 
@@ -47,7 +47,7 @@ def mistake(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def farm(tmp_path_factory):
-    return write_farmland(tmp_path_factory.mktemp("farm") / "farm", Farmland(64, 2, 1, 1))
+    return write_synthetic(tmp_path_factory.mktemp("farm") / "farm", SyntheticConfig(64, 2, 1, 1))
 
 
 @pytest.fixture

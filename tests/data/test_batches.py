@@ -21,14 +21,14 @@ from agrivision_repro.data.batches import (
 )
 from agrivision_repro.data.editions import open_tiles
 from agrivision_repro.data.pack import count_tiles, pack_split
-from agrivision_repro.data.synthetic import write_farmland
+from agrivision_repro.data.synthetic_files import write_synthetic
 from agrivision_repro.runs.run import plan_run
 from agrivision_repro.runs.workspace import Workspace
 
 
 @pytest.fixture(scope="module")
 def tiles(tmp_path_factory):
-    return open_tiles("synthetic", write_farmland(tmp_path_factory.mktemp("farm") / "farm", FARM), "train")
+    return open_tiles("synthetic", write_synthetic(tmp_path_factory.mktemp("farm") / "farm", FARM), "train")
 
 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
@@ -88,8 +88,8 @@ def test_a_view_moves_labels_with_the_image(tiles):
 def test_rare_tiles_come_more_often(tiles):
     counts = count_tiles(tiles, n_workers=1)
     weights = rare_class_weights(counts)
-    frequency = (counts.pixels[:, 1:] > 0).mean(0)
-    shows_rarest = counts.pixels[:, 1 + frequency.argmin()] > 0
+    shows = counts["pixels"].to_numpy()[:, 1:] > 0
+    shows_rarest = shows[:, shows.mean(0).argmin()]
     seen = [SampleStream(tiles, 0, weights=weights)[k].index for k in range(50 * len(tiles))]
     times = np.bincount(seen, minlength=len(tiles)) / 50
     np.testing.assert_allclose(times, weights * len(tiles) / weights.sum(), atol=0.1)

@@ -27,8 +27,9 @@ from trees import (
 from agrivision_repro.cli.app import main
 from agrivision_repro.data.archives import unpack_archive
 from agrivision_repro.data.check import ALIKE, alike_pairs, check_data, thumbnail
-from agrivision_repro.data.editions import AGRIVISION_2020, AGRIVISION_2021, CROPS, WHITE, detect_edition, field_of, open_splits, open_tiles
-from agrivision_repro.data.synthetic import write_farmland
+from agrivision_repro.data.editions import AGRIVISION_2020, AGRIVISION_2021, detect_edition, field_of, open_splits, open_tiles
+from agrivision_repro.data.readers import CROPS, WHITE
+from agrivision_repro.data.synthetic_files import write_synthetic
 from agrivision_repro.data.tiles import BadFile, places_in_both, unpack_labels
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"  # beside a developer's checkout only
@@ -39,7 +40,7 @@ AG_NET = SHARED / "ag-net" / "ag-net.tar.xz"  # 272 tiles
 
 @pytest.fixture(scope="module")
 def farm(tmp_path_factory):
-    return write_farmland(tmp_path_factory.mktemp("farm") / "farm", FARM)
+    return write_synthetic(tmp_path_factory.mktemp("farm") / "farm", FARM)
 
 
 def bit(tile, classes: tuple[str, ...], name: str) -> np.ndarray:
@@ -114,18 +115,20 @@ def test_missing_masks_are_said_once(farm, tmp_path):
 
 def test_counts_are_right(farm):
     report = check_data(farm, n_workers=2)
-    assert report.is_trustworthy and not report.faults and list(report.splits) == ["train", "val", "test"]
-    for split, census in report.splits.items():
-        tiles = list(open_tiles("synthetic", farm, split))
+    assert report.is_trustworthy and not report.faults and report.labeled == {"train": True, "val": True, "test": False}
+    for split in report.labeled:
+        tiles, found = list(open_tiles("synthetic", farm, split)), report.describe(split)
         labels, valid = (np.stack([getattr(tile, name) for tile in tiles]) for name in ("labels", "valid"))
         n_labels = sum((labels >> k & 1).astype(int) for k in range(6))
-        assert census.n_tiles == len(tiles) and census.fields == {field_of(tile.name) for tile in tiles}
-        assert (census.n_pixels, census.n_valid) == (valid.size, valid.sum())
-        assert census.n_overlapping == ((n_labels > 1) & valid).sum()
+        assert found["tiles"] == len(tiles) and found["fields"] == len({field_of(tile.name) for tile in tiles})
+        assert (found["pixels"], found["valid"], found["sizes"]) == (valid.size, valid.sum(), {"64x64": len(tiles)})
+        assert found["overlapping"] == ((n_labels > 1) & valid).sum()
         wanted = [((n_labels == 0) & valid).sum(), *(((labels >> k & 1) * valid).sum() for k in range(6))]
-        np.testing.assert_array_equal(census.pixels, wanted)
+        np.testing.assert_array_equal(report.class_table(split)["pixels"], wanted)
+        shown = [valid.any((1, 2)).sum(), *(((labels >> k & 1) * valid).any((1, 2)).sum() for k in range(6))]
+        np.testing.assert_array_equal(report.class_table(split)["tiles"][1:], shown[1:])
         nir = np.concatenate([tile.image[3][tile.valid] for tile in tiles]) / 255
-        np.testing.assert_allclose(census.channel_table().loc["NIR"], [nir.mean(), nir.std()], atol=1e-4)
+        np.testing.assert_allclose(report.channel_table(split).loc["NIR"], [nir.mean(), nir.std()], atol=1e-4)
 
 
 def test_a_damaged_test_split_is_not_passed_over(farm, tmp_path):
@@ -134,7 +137,7 @@ def test_a_damaged_test_split_is_not_passed_over(farm, tmp_path):
     with pytest.raises(FileNotFoundError, match="lacks test/images/nir"):
         check_data(root, n_workers=1)
     shutil.rmtree(root / "test")
-    assert list(check_data(root, n_workers=1).splits) == ["train", "val"]  # without it, a copy is a copy
+    assert list(check_data(root, n_workers=1).labeled) == ["train", "val"]  # without it, a copy is a copy
 
 
 def plant_faults(root: Path) -> dict[str, str]:
@@ -201,8 +204,7 @@ def test_naip_chips():
     report = check_data(NAIP, n_workers=2)
     assert report.is_trustworthy
     assert [(fault.kind, fault.where) for fault in report.faults] == [("place in two splits", place) for place in NAIP_SHARED]
-    assert sum(census.n_tiles for census in report.splits.values()) == 120
-    assert {size for census in report.splits.values() for size in census.sizes} == {(256, 256)}
+    assert len(report.tiles) == 120 and (report.tiles[["height", "width"]] == 256).all(axis=None)
 
 
 def test_ag_net_tiles(tmp_path):
@@ -291,14 +293,14 @@ def test_ag_net_sample(tmp_path):
     root = unpack_archive(AG_NET, tmp_path / "sample")
     report = check_data(root, n_workers=2)
     assert report.edition == "ag-net" and report.is_trustworthy and not report.faults
-    assert [census.n_tiles for census in report.splits.values()] == [200, 60, 12]
-    assert all((census.pixels > 0).all() for census in report.splits.values())
+    assert [report.describe(split)["tiles"] for split in report.labeled] == [200, 60, 12]
+    assert all((report.class_table(split)["pixels"] > 0).all() for split in report.labeled)
     n_saturated = 0
     for tiles in open_splits("ag-net", root):
         for name in tiles.names:
             bands = np.stack([tifffile.imread(path) for role, path in tiles.files(name).items() if role != "crops"])
             n_saturated += (bands > WHITE).any(0).sum()
-    assert 0 < n_saturated < 0.003 * sum(census.n_valid for census in report.splits.values())
+    assert 0 < n_saturated < 0.003 * report.tiles["valid"].sum()
 
 
 CHIPS = {
@@ -315,7 +317,7 @@ def test_places_of_chips_are_shared_across_years(tmp_path):
     assert [(f.kind, f.where) for f in report.faults] == [("place in two splits", "elm_town_1"), ("place in two splits", "oak_2")]
     assert "elm_town_1 has tiles in train and in val" in report.faults[0].message
     assert "leave them out of val for a score that is independent of train" in report.faults[0].message and report.is_trustworthy
-    assert {split: census.fields for split, census in report.splits.items()}["train"] == {"elm_town_1", "elm_town_2"}
+    assert set(report.tiles["field"]["train"]) == {"elm_town_1", "elm_town_2"}
 
 
 def test_a_place_under_two_names_is_hinted_at(tmp_path):

@@ -198,7 +198,7 @@ def test_fetched_and_kept(upstream, tmp_path, capsys):
     report = fetch_trees(tmp_path / "new" / "trees")
     assert upstream.asked == [f"/trees/archive/{upstream.commit}.tar.gz"]
     assert is_commit(tmp_path / "new/trees", upstream) and [p.name for p in (tmp_path / "new").iterdir()] == ["trees"]
-    assert [census.n_tiles for census in report.splits.values()] == [4, 2, 1] and report.is_trustworthy
+    assert [report.describe(split)["tiles"] for split in report.labeled] == [4, 2, 1] and report.is_trustworthy
     printed = capsys.readouterr().out
     assert "train: 4 tiles" in printed and "Ventura et al. 2024" in printed and "CC BY 4.0" in printed and upstream.url in printed
     write_files(tmp_path / "new/trees", "packed/x.npy", ".DS_Store", "images/._city_2020_0.tif", "csv/Thumbs.db", "desktop.ini")
@@ -417,4 +417,4 @@ def test_real_chips(tmp_path, monkeypatch):
     parts = {name: id[:7] for name, (_, id) in entries.items()}
     monkeypatch.setitem(SOURCES, "naip-trees", Source("", commit, git(root, "rev-parse", "HEAD^{tree}"), 0, parts))
     report = fetch_trees(tmp_path / "trees", root)
-    assert [census.n_tiles for census in report.splits.values()] == [80, 20, 20] and report.is_trustworthy and len(report.faults) == 4
+    assert [report.describe(s)["tiles"] for s in report.labeled] == [80, 20, 20] and report.is_trustworthy and len(report.faults) == 4

@@ -18,9 +18,10 @@ from trees import FARM, ag_net, farm_2020, farm_2021, farm_cvpr2020, naip_chips
 
 from agrivision_repro.data import pack
 from agrivision_repro.data.batches import make_batch, scoring_loader
-from agrivision_repro.data.editions import UrbanTrees, fingerprint, open_splits, open_tiles
+from agrivision_repro.data.editions import fingerprint, open_splits, open_tiles
 from agrivision_repro.data.pack import PackedTiles, open_split, pack_folder, pack_split
-from agrivision_repro.data.synthetic import Farmland, write_farmland
+from agrivision_repro.data.readers import UrbanTrees
+from agrivision_repro.data.synthetic_files import SyntheticConfig, write_synthetic
 from agrivision_repro.data.tiles import places_in_both, unpack_labels
 
 NAIP = Path(__file__).resolve().parents[3] / "shared" / "naip-trees"  # beside a developer's checkout only
@@ -34,7 +35,7 @@ def naip(folder: Path) -> Path:
 
 
 def synthetic(folder: Path) -> Path:
-    return write_farmland(folder, FARM)
+    return write_synthetic(folder, FARM)
 
 
 LAYOUTS = {
@@ -69,7 +70,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_killed_ten_times(tmp_path):
     "SIGKILL at random moments, then once to the end: the bytes of an undisturbed run."
-    root = write_farmland(tmp_path / "farm", Farmland(size=256, train_fields=12, val_fields=2, test_fields=1))
+    root = write_synthetic(tmp_path / "farm", SyntheticConfig(size=256, train_fields=12, val_fields=2, test_fields=1))
     command = [BIN / "agrivision", "data", "pack", root, "--workers", "2"]
     subprocess.run(command, check=True, capture_output=True)
     undisturbed = contents(root / "packed")
@@ -184,9 +185,9 @@ import resource, sys
 from agrivision_repro.runs.run import plan_run
 from agrivision_repro.runs.workspace import Workspace
 from agrivision_repro.training.schedule import Recipe
-from agrivision_repro.data.synthetic import Farmland
+from agrivision_repro.data.synthetic_files import SyntheticConfig
 from dataclasses import replace
-farm = Farmland(size=256, train_fields=int(sys.argv[2]), val_fields=1, test_fields=1)
+farm = SyntheticConfig(size=256, train_fields=int(sys.argv[2]), val_fields=1, test_fields=1)
 n_tiles = 4 * farm.train_fields
 recipe = Recipe(1, 1, 18, lr=0.01, batch_size=4, crop=32, width=1 / 16, pretrained=False)  # the same work for both
 run = replace(plan_run("smoke", "synthetic"), farm=farm, recipe=recipe)

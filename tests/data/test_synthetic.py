@@ -1,10 +1,12 @@
-"Synthetic farmland: spectra like those of the imagery that it replaces, in every split."
+"Synthetic farmland: the same bytes as ever, and spectra like those of the imagery that it replaces, in every split."
+
 
 import numpy as np
 import pytest
 
 from agrivision_repro.data.editions import AGRIVISION_2020
-from agrivision_repro.data.synthetic import RECIPES, SPLITS, Farmland, field_name, make_field
+from agrivision_repro.data.synthetic import RECIPES, make_field
+from agrivision_repro.data.synthetic_files import SPLITS, SyntheticConfig, field_name
 
 SIZE = 128
 PUBLISHED_MEAN = np.array([0.4076, 0.4117, 0.4240, 0.3558])  # R, G, B, NIR, valid pixels of Agriculture-Vision 2020
@@ -73,6 +75,20 @@ def test_rare_classes_occur_in_at_least_8_of_48_fields():
 
 
 def test_no_two_of_many_fields_share_a_name():
-    farm = Farmland(size=128, train_fields=80, val_fields=48, test_fields=1)
+    farm = SyntheticConfig(size=128, train_fields=80, val_fields=48, test_fields=1)
     names = [field_name(farm, split, field) for split in SPLITS for field in range(getattr(farm, f"{split}_fields"))]
     assert len(set(names)) == 129
+
+
+@pytest.mark.parametrize(
+    ("choice", "says"),
+    [
+        ({"size": 40}, "size is 40: wanted a multiple of 16"),
+        ({"val_fields": 0}, "val_fields is 0: wanted an integer, 1 or more"),
+        ({"tiles_per_field": 3}, "tiles_per_field is 3: a field is a square"),
+        ({"seed": -1}, "seed is -1: wanted an integer, 0 or more"),
+    ],
+)
+def test_wrong_parameters(choice, says):
+    with pytest.raises(ValueError, match=says):
+        SyntheticConfig(**choice)

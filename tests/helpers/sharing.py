@@ -16,7 +16,7 @@ from torch import Tensor, distributed, nn
 
 from agrivision_repro.data.batches import SampleStream, TileDataset, training_loader
 from agrivision_repro.data.editions import open_tiles
-from agrivision_repro.data.synthetic import Farmland, write_farmland
+from agrivision_repro.data.synthetic_files import SyntheticConfig, write_synthetic
 from agrivision_repro.losses import HybridLoss
 from agrivision_repro.models.backbones import NORMS
 from agrivision_repro.models.deeplab import DeepLabV3Plus
@@ -74,7 +74,7 @@ def train(norm: str, loss: nn.Module, feed: TileDataset, engine: Engine, out: Pa
 
 
 def train_small_models(out: Path, engine: Engine) -> None:
-    tiles = open_tiles("synthetic", write_farmland(out.parent / "farm", Farmland(32, 5, 1, 1)), "train")
+    tiles = open_tiles("synthetic", write_synthetic(out.parent / "farm", SyntheticConfig(32, 5, 1, 1)), "train")
     feed = TileDataset([tiles[k] for k in range(17)], "rgbn", 7)  # one process scores two batches, the other one
     is_alone = engine.accelerator.num_processes == 1
     for norm in NORMS:
@@ -84,7 +84,7 @@ def train_small_models(out: Path, engine: Engine) -> None:
 
 def score_untrained(out: Path, engine: Engine) -> None:
     "Each process writes what it was given: an odd number of tiles, then one, which leaves the second process without any."
-    tiles = open_tiles("synthetic", write_farmland(out.parent / "farm", Farmland(32, 5, 1, 1)), "train")
+    tiles = open_tiles("synthetic", write_synthetic(out.parent / "farm", SyntheticConfig(32, 5, 1, 1)), "train")
     for n in (17, 1):
         scores, counts = score_tiles(make_model("ibn_s"), TileDataset([tiles[k] for k in range(n)], "rgbn", 7), engine)
         name = f"{n}-{engine.accelerator.process_index}"

@@ -8,10 +8,11 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from agrivision_repro.data.editions import CDL_CODES, AgNet, field_of
-from agrivision_repro.data.synthetic import Farmland, write_farmland
+from agrivision_repro.data.editions import field_of
+from agrivision_repro.data.readers import CDL_CODES, AgNet
+from agrivision_repro.data.synthetic_files import SyntheticConfig, write_synthetic
 
-FARM = Farmland(size=64, train_fields=3, val_fields=2, test_fields=1)
+FARM = SyntheticConfig(size=64, train_fields=3, val_fields=2, test_fields=1)
 CLASSES_2021 = {  # each class of 2021 → the synthetic class that plays it
     "double_plant": "double_plant", "drydown": "cloud_shadow", "endrow": "planter_skip", "nutrient_deficiency": "weed_cluster",
     "planter_skip": "planter_skip", "storm_damage": "standing_water", "water": "standing_water", "waterway": "waterway",
@@ -22,7 +23,7 @@ CLASSES_2021 = {  # each class of 2021 → the synthetic class that plays it
 def farm_2020(folder: Path) -> Path:
     "The layout of the challenge of 2020."
     root = folder / "Agriculture-Vision"
-    shutil.copytree(write_farmland(folder / "farm", FARM), root)
+    shutil.copytree(write_synthetic(folder / "farm", FARM), root)
     (root / "farmland.json").unlink()
     return folder
 

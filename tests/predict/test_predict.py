@@ -19,14 +19,14 @@ from PIL import Image
 from torch import nn
 
 from agrivision_repro.cli.app import main
-from agrivision_repro.data.batches import INVERSE, select_channels, turn
+from agrivision_repro.data.batches import select_channels
 from agrivision_repro.data.tiles import read_image, unpack_labels
 from agrivision_repro.plots import paint_classes
 from agrivision_repro.predict import images, scenes, submission
 from agrivision_repro.predict.images import predict_scene, write_png
 from agrivision_repro.predict.scenes import Raster, Scene, find_rasterio, find_scenes, open_scene
 from agrivision_repro.predict.submission import CHALLENGE_CLASSES, check_submission, tile_sizes, write_submission
-from agrivision_repro.predict.windows import blend_weights, load_predictor, predict_image, predict_strips, turn_image
+from agrivision_repro.predict.windows import blend_weights, load_predictor, predict_image, predict_strips
 from agrivision_repro.runs.run import plan_run
 from agrivision_repro.runs.workspace import Workspace
 from agrivision_repro.training.evaluate import score_model
@@ -177,14 +177,6 @@ def test_tta_is_the_average_of_eight_turns(size, result, predictor):
         logits = predictor(x.flip(-1) if k > 3 else x)
         by_hand.append(torch.rot90(logits.flip(-1) if k > 3 else logits, -(k % 4), (-2, -1)))
     np.testing.assert_allclose(turned(image).numpy(), torch.stack(by_hand).mean(0).numpy(), atol=1e-5)
-
-
-def test_turning_equals_that_of_batches():
-    square = torch.from_numpy(noise(2, 4, 6, 6))
-    for element in range(8):
-        assert torch.equal(turn_image(square, element), turn(square, element))
-        wide = square[..., :3]
-        assert torch.equal(turn_image(turn_image(wide, element), INVERSE[element]), wide)
 
 
 @pytest.mark.parametrize("tta", ["none", "d4"])
