@@ -40,9 +40,9 @@ def predict(
     from agrivision_repro.predict.scenes import find_scenes  # fmt: skip
     from agrivision_repro.predict.submission import write_submission  # fmt: skip
     from agrivision_repro.predict.windows import describe_model, load_predictor, own_window, window_starts  # fmt: skip
-    from agrivision_repro.runs.store import find_run, read_result
+    from agrivision_repro.runs.store import find_run
 
-    result, scenes = read_result(find_run(trainings, run)), find_scenes(images)
+    result, scenes = find_run(trainings, run).result(), find_scenes(images)
     wanted = plan_submission(result.run, data_root, {scene.name for scene in scenes}) if submission else None
     window_starts(1, window or own_window(result), overlap)  # fail on a bad value before computing anything
     predictor, classes, sizes = load_predictor(result, checkpoint, tta, channels, device, precision), result.run.edition.classes, {}
@@ -66,7 +66,7 @@ def plan_submission(
 
     if run.edition.classes != CHALLENGE_CLASSES:
         raise ValueError(f"the run's classes are {', '.join(run.edition.classes)}: a submission needs {', '.join(CHALLENGE_CLASSES)}")
-    wanted = tile_sizes(run.data, data_root) if data_root else {}
+    wanted = tile_sizes(run.source.name, data_root) if data_root else {}
     lacking = [name for name in wanted if name not in names]
     if lacking:
         shown = ", ".join(lacking[:4]) + ", …" * (len(lacking) > 4)

@@ -19,9 +19,11 @@ from agrivision_repro.cli.options import DataRoot, Device, Out, Precision, RunDa
 
 def _need_notebooks() -> None:
     "Raise ValueError if a package needed to run notebooks is not installed."
+    from agrivision_repro.core import how_to_install
+
     missing = [name for name in ("papermill", "ipykernel", "nbconvert", "latex2mathml") if find_spec(name) is None]
     if missing:
-        raise ValueError(f"notebooks need {', '.join(missing)}: pip install 'agrivision_repro[notebooks]'")
+        raise ValueError(f"notebooks need {', '.join(missing)}: {how_to_install('notebooks')}")
 
 
 def _notebook_parameters(
@@ -44,8 +46,8 @@ def _inputs_hash(
     import agrivision_repro
     from agrivision_repro.study.tables import table_notebook
 
-    files = [table_notebook(name), *sorted(Path(agrivision_repro.__file__).parent.glob("*.py"))]
-    files += [r.folder / kept for r in results for kept in ("scores.json", "run.json")]
+    files = [table_notebook(name), *sorted(Path(agrivision_repro.__file__).parent.rglob("*.py"))]
+    files += [path for r in results for path in (r.folder.scores_file, r.folder.record_file)]
     told = {k: v for k, v in parameters.items() if k not in ("out", "data_root")}  # paths do not matter
     content = [json.dumps(told, sort_keys=True).encode(), *(path.read_bytes() for path in files)]
     return hashlib.blake2b(b"".join(content), digest_size=16).hexdigest()
@@ -143,7 +145,7 @@ def reproduce(
 
     names = _choose_tables(tables or [])
     workspace = Workspace(out, data_root, device, precision)
-    common = {"scale": scale, "data": data, "seeds": _read_seeds(seeds), **workspace.places()}
+    common = {"scale": scale, "data": data, "seeds": _read_seeds(seeds), **workspace.as_kwargs()}
     runs, parameters = _plan_tables(names, common, parameter or [])
     if scale == "paper" and not ray:
         _check_can_run(runs, workspace)
@@ -185,12 +187,11 @@ def _train_all(
     ray: str,  # address; "": on this machine
 ) -> dict[str, str]:  # table that cannot be made → error message
     "Train the Runs that the tables need."
-    from agrivision_repro.runs.cluster import train_on_ray
-    from agrivision_repro.runs.local import train_here
+    from agrivision_repro.runs.launch import launch
     from agrivision_repro.runs.plan import name_runs
 
     unique = list(dict.fromkeys(run for own in runs.values() for run in own))
-    failed = (train_on_ray(unique, workspace, ray) if ray else train_here(unique, workspace)).failures
+    failed = (launch(unique, workspace, "ray", address=ray) if ray else launch(unique, workspace)).failures
     for run, name in zip(unique, name_runs(unique), strict=True):
         if run in failed:
             print(f"agrivision: {name} failed: {failed[run]}", file=sys.stderr)
@@ -201,8 +202,8 @@ def _check_can_run(runs: dict[str, list], workspace) -> None:
     "Check that the data and a GPU are available; if not, print the plan and raise ValueError naming what is missing."
     from agrivision_repro.runs.plan import estimate, measure_data
 
-    real = [run for own in runs.values() for run in own if run.farm is None]
-    missing = [measure_data(real[0], workspace)[1].split(";")[0]] if real else []
+    real = [run for own in runs.values() for run in own if run.source.synthetic is None]
+    missing = [measure_data(real[0].source, workspace)[1].split(";")[0]] if real else []
     if workspace.device == "auto" and not workspace.on_gpu:
         missing.append("no GPU was found (--device cpu trains without one)")
     if any(missing):

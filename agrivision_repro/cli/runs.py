@@ -17,7 +17,7 @@ def _change_fields(
     pairs: dict[str, str],  # field → text; `recipe.lr` for one of the recipe
 ):  # a copy with the new values
     "Set fields of a Run by name; raise ValueError for unknown ones."
-    known = {f.name: getattr(chosen, f.name) for f in fields(chosen) if f.name not in ("data", "farm")}
+    known = {f.name: getattr(chosen, f.name) for f in fields(chosen) if f.name != "source"}
     inner = {name.removeprefix("recipe."): text for name, text in pairs.items() if name.startswith("recipe.")}
     values = {"recipe": _change_fields(chosen.recipe, inner)} if inner else {}
     for name, text in pairs.items():
@@ -48,8 +48,7 @@ def train(
 
     pairs = [pair.partition("=") for pair in field or []]
     run = _change_fields(plan_run(scale, data, recipe), {name: text for name, _, text in pairs})
-    workspace = Workspace(out, data_root, device, precision)
-    workspace.trackers, workspace.save_every = track or (), save_every
+    workspace = Workspace(out, data_root, device, precision, save_every=save_every, trackers=track or ())
     try:
         result = workspace.result(run)
     finally:
@@ -76,7 +75,7 @@ _RunId = Annotated[str, typer.Argument(help="The first digits of the run's id.")
 @runs_app.callback()
 def runs(context: typer.Context, out: Out = "out"):
     "List all runs: state, age, mIoU, device, commit."
-    from agrivision_repro.runs.store import list_runs
+    from agrivision_repro.runs.listing import list_runs
 
     context.obj = Path(out)
     if context.invoked_subcommand is None:
@@ -87,7 +86,8 @@ def runs(context: typer.Context, out: Out = "out"):
 @runs_app.command("show")
 def show_one(context: typer.Context, run: _RunId):
     "Print everything recorded about one run."
-    from agrivision_repro.runs.store import find_run, show_run
+    from agrivision_repro.runs.listing import show_run
+    from agrivision_repro.runs.store import find_run
 
     print(show_run(find_run(context.obj, run)).to_string())
 
@@ -95,7 +95,8 @@ def show_one(context: typer.Context, run: _RunId):
 @runs_app.command()
 def compare(context: typer.Context, runs: Annotated[list[str], typer.Argument(help="The first digits of two or more ids.")]):
     "Print the fields in which runs differ, and their scores, side by side."
-    from agrivision_repro.runs.store import compare_runs, find_run
+    from agrivision_repro.runs.listing import compare_runs
+    from agrivision_repro.runs.store import find_run
 
     print(compare_runs([find_run(context.obj, run) for run in runs]).to_string())
 

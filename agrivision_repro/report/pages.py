@@ -139,7 +139,7 @@ def _origin_table(
             "GMACs a tile": f"{gmacs_of(kind_of(r.run), r.run.recipe.crop or PAPERS_DATA.side):.3g}",
             "seconds": r.record["seconds"],
             "tiles (train, val)": f"{r.record['n_train']}, {r.record['n_val']}",
-            "data": f"{r.run.data} {workspace.identify(r.run.data, r.run.farm)}",
+            "data": f"{r.run.source.name} {workspace.identify(r.run.source)}",
             "device": f"{r.record['device']}, {r.record['precision']}",
             "commit": (r.record["commit"][:10] or "installed package") + (" + changes" if r.record["is_dirty"] else ""),
             "torch": r.record["versions"]["torch"],

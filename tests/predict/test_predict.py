@@ -51,7 +51,7 @@ def predictor(result):
 
 @pytest.fixture(scope="module")
 def test_set(workspace, result):
-    (found,) = workspace.root("synthetic", result.run.farm).glob("**/test")
+    (found,) = workspace.root(result.run.source).glob("**/test")
     return found
 
 
@@ -332,7 +332,7 @@ def test_without_rasterio_the_place_is_dropped_with_a_word(predictor, tmp_path, 
     path = write_tiff(tmp_path / "field.tif", noise(4, 40, 40), extratags=tags)
     predict_scene(Scene("field", path), predictor, tmp_path / "maps", CHALLENGE_CLASSES, 32)
     said = capsys.readouterr().err
-    assert "georeferencing is dropped, rasterio is not installed (pip install 'agrivision_repro[geo]' keeps it)" in said
+    assert "georeferencing is dropped, rasterio is not installed (pip install '.[geo]' in the checkout" in said
     assert not (tmp_path / "maps/georeferenced").exists() and (tmp_path / "maps/labels/field.png").is_file()
 
 
@@ -344,7 +344,8 @@ def mistake(monkeypatch, capsys, result, tmp_path):
     "Run the command in this process: it must fail with one line that says `contains`, and write nothing."
 
     def run(*words, contains):
-        words = [result.folder.name, *words, "-o", tmp_path / "maps", "--out-of-trainings", result.folder.parents[1], "--device", "cpu"]
+        words = [result.folder.name, *words, "-o", tmp_path / "maps", "--device", "cpu"]
+        words += ["--out-of-trainings", result.folder.path.parents[1]]
         monkeypatch.setattr(sys, "argv", ["agrivision", "predict", *map(str, words)])
         with pytest.raises(SystemExit) as stop:
             main()
@@ -424,7 +425,7 @@ def run_command(monkeypatch, *words) -> int:
 def test_the_command_and_its_submission(monkeypatch, capsys, result, test_set, tmp_path, predictor):
     words = [
         "--out-of-trainings",
-        result.folder.parents[1],
+        result.folder.path.parents[1],
         "--device",
         "cpu",
         "--precision",

@@ -17,9 +17,9 @@ import pandas as pd
 import psutil
 import pytest
 
-from agrivision_repro.runs.local import train_here
+from agrivision_repro.runs.launch import launch
 from agrivision_repro.runs.run import plan_run
-from agrivision_repro.runs.store import saved_iteration
+from agrivision_repro.runs.store import RunFolder
 from agrivision_repro.runs.workspace import Workspace
 from agrivision_repro.study.claims import JUDGES, UNTESTED
 from agrivision_repro.study.paper import CLAIMS, TABLE2, TABLE3
@@ -242,7 +242,7 @@ def children(process):
 def test_a_run_that_fails_stops_no_other(tmp_path):
     runs = table1("smoke")
     bad = replace(runs[0], recipe=replace(runs[0].recipe, crop=96))  # larger than the tiles
-    outcome = train_here([bad, *runs], Workspace(tmp_path, device="cpu"))
+    outcome = launch([bad, *runs], Workspace(tmp_path, device="cpu"))
     assert set(outcome.results) == set(runs)
     assert list(outcome.failures) == [bad] and "the crop 96" in outcome.failures[bad]
 
@@ -255,7 +255,7 @@ def test_a_killed_training_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(local, "train_alone", die)
     monkeypatch.setattr(local, "get_context", lambda _: __import__("multiprocessing").get_context("fork"))
-    outcome = train_here(table1("smoke"), Workspace(tmp_path, device="cpu"))
+    outcome = launch(table1("smoke"), Workspace(tmp_path, device="cpu"))
     assert not outcome.results and all("signal 9; too little memory?" in why for why in outcome.failures.values())
 
 
@@ -275,5 +275,5 @@ def test_stopped_trainings_save_their_states(tmp_path, signum):
     assert process.wait(60) == (128 + signum if signum == signal.SIGTERM else -signum)
     gone, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
-    assert len(records) == 2 and all(saved_iteration(path.parent) > 0 for path in records)
-    assert plan_run("laptop", "synthetic").recipe.iterations > max(saved_iteration(path.parent) for path in records)
+    saved = [RunFolder(path.parent).saved_iteration() for path in records]
+    assert len(saved) == 2 and 0 < min(saved) <= max(saved) < plan_run("laptop", "synthetic").recipe.iterations
