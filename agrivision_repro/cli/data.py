@@ -45,7 +45,7 @@ def stats(root: _Root, data: DataName = "", workers: _Workers = 0, as_json: _AsJ
     else:
         for split, census in report.splits.items():
             classes = census.class_table() if census.labeled else "without labels"
-            print(f"{split}: {census.n_tiles} tiles", census.channel_table(), classes, "", sep="\n")
+            print(f"{split}: {census.n_tiles} tiles; channels: values from 0 to 1, over valid pixels", census.channel_table(), classes, "", sep="\n")
     if not report.is_trustworthy:
         print(f"{len(report.faults)} faults, not included here: see agrivision data check {root}", file=sys.stderr)
 

@@ -51,6 +51,7 @@ def predict(
         found = predict_scene(scene, predictor, out, classes, window or own_window(result), overlap, pictures, describe_model(result))
         sizes[found.name] = found.size
         print(found.as_text(classes))
+    print(f"maps: {out}")
     if submission:
         write_submission(out / "labels", submission, wanted or sizes)
         print(f"{submission}: {len(wanted or sizes)} maps, all rules of the challenge met")
@@ -93,5 +94,6 @@ def check_zip(
     from agrivision_repro.predict.submission import check_submission, tile_sizes
 
     faults = check_submission(path, tile_sizes(data or detect_edition(data_root), data_root) if data_root else None)
-    print(*faults, f"{path}: {len(faults) or 'nothing'} wrong", sep="\n")
+    met = f"{len(faults)} faults, listed above" if faults else "all rules of the challenge met"
+    print(*faults, f"{path}: {met}", sep="\n")
     raise typer.Exit(1 if faults else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -235,6 +236,8 @@ def name_runs(runs: Sequence[Run]) -> list[str]:
 
 def _format_hours(hours: float) -> str:
     "Format a time span in a suitable unit."
+    if hours >= 48:
+        return f"{hours / 24:,.0f} days"
     if hours >= 1:
         return f"{hours:,.0f} h" if hours >= 10 else f"{hours:.1f} h"
     return f"{60 * hours:.0f} min" if hours >= 1 / 30 else f"{3600 * hours:.0f} s"
@@ -253,25 +256,34 @@ class Plan:
         "Compute the time for all Runs on `n_devices` devices like this one."
         return makespan(self.table.hours.tolist(), n_devices)
 
-    def as_text(self, n_devices: int = 8, n_rows: int = 16) -> str:
-        "Format the plan for a terminal, with times for 1, 2, 4, … up to `n_devices` devices."
-        shown = self.table.head(n_rows).assign(hours=self.table.hours.map(_format_hours)).rename(columns={"hours": "time"})
-        formats = {"iterations": "{:,}".format, "GMACs": "{:,.3g}".format, "tiles/s": "{:,.3g}".format}
+    def as_text(self, n_devices: int = 8, n_rows: int = 12) -> str:
+        "Format the plan for a terminal of 80 columns, with times for 1, 2, 4, … up to `n_devices` devices."
         more = [f"… and {len(self.table) - n_rows} more"] if len(self.table) > n_rows else []
         n_open = int((self.table.state != "finished").sum())
         counts = sorted({2**k for k in range(n_devices.bit_length())} | {n_devices})
-        spans = [f"{n} devices {_format_hours(self.hours(n))}" for n in counts if n <= max(n_open, 1)]
-        lines = [
-            f"{len(self.table)} Runs, {len(self.table) - n_open} finished; timed on {self.device}, {self.precision}",
-            "", shown.to_string(index=False, formatters=formats), *more,
-            "", "all Runs, the longest first: " + ", ".join(spans).replace("1 devices", "1 device", 1),
-        ]  # fmt: skip
+        spans = [f"{n} device{'s' * (n > 1)} {_format_hours(self.hours(n))}" for n in counts if n <= max(n_open, 1)]
+        lines = [f"{len(self.table)} Runs, {len(self.table) - n_open} finished; timed on {self.device}, {self.precision}", ""]
+        lines += [line for row in self.table.head(n_rows).to_dict("records") for line in _format_row(row)]
+        lines += [*more, "", *_wrap("all Runs, the longest first: " + ", ".join(spans))]
         if n_open:
             need, n_busy = self.table["tiles/s"].max(), min(n_devices, n_open)
-            lines.append(f"the loader must deliver {need:,.3g} tiles/s to each device, {n_busy * need:,.3g} to {n_busy}")
+            lines += _wrap(f"the loader must deliver {need:,.3g} tiles/s to each device, {n_busy * need:,.3g} to {n_busy}")
         if n_open < n_devices:
-            lines.append(f"more devices than Runs ({n_open}) do not help, unless several train one Run (torchrun)")
-        return "\n".join([*lines, *(f"- {note}" for note in self.notes)])
+            lines += _wrap(f"more devices than Runs ({n_open}) do not help, unless several train one Run (torchrun)")
+        return "\n".join([*lines, *(line for note in self.notes for line in _wrap(f"- {note}", 2))])
+
+
+def _wrap(text: str, indent: int = 0) -> list[str]:
+    "Wrap a text to 80 columns; further lines are indented."
+    return textwrap.wrap(text, 80, subsequent_indent=" " * indent, break_on_hyphens=False)
+
+
+def _format_row(row: dict) -> list[str]:
+    "Format a Run of a plan: its time and name, and below them state, cost and tables."
+    speed = f"{row['tiles/s']:,.3g} tiles/s, {row['by']}"
+    details = ["finished"] if row["state"] == "finished" else [row["state"], f"{row['iterations']:,} iterations", speed]
+    text = "; ".join([*details, f"{row['GMACs']:,.3g} GMACs per tile", row["tables"]])
+    return [*_wrap(f"{_format_hours(row['hours']):>8}  {row['run']}", 10), *_wrap(f"{'':10}{text}", 10)]
 
 
 def estimate(
@@ -312,7 +324,7 @@ def _cost(run: Run, side: int, extent: DataSize, row: dict, pace: Throughput | N
         return {"hours": 0.0, "tiles/s": 0.0, "by": "–"}
     n_train, n_score = _tiles_left(run, extent.n_val, run.recipe.iterations - row["iterations"])
     seconds = n_train * pace.train + n_score * pace.score * (extent.side / side) ** 2
-    return {"hours": seconds / 3600, "tiles/s": 1 / pace.train, "by": "timing" if pace.n_tiles else "GMACs"}
+    return {"hours": seconds / 3600, "tiles/s": 1 / pace.train, "by": "timed" if pace.n_tiles else "scaled by GMACs"}
 
 
 def _list_notes(runs: Sequence[Run], engine: Engine, paces: Sequence[Throughput]) -> list[str]:
@@ -325,7 +337,7 @@ def _list_notes(runs: Sequence[Run], engine: Engine, paces: Sequence[Throughput]
         names = ", ".join(absent[:3]) + ", …" * (len(absent) > 3)
         notes.append(f"ImageNet weights not downloaded yet, the first run downloads them: {names}")
     if engine.device.type == "cpu":
-        notes.append("no GPU available or requested: times are for this CPU")
+        notes.append("no GPU available or requested: times are for this CPU; runs of days are meant for GPUs")
     elif paces:
         notes.append("timed without torch.compile, which long runs use: they are likely faster")
     if any(not pace.is_full for pace in paces):

@@ -450,10 +450,10 @@ def test_the_command_and_its_submission(monkeypatch, capsys, result, test_set, t
     assert sorted(p.name for p in (tmp_path / "zip").iterdir()) == ["upload.zip"]
     check = ["submission", "check", tmp_path / "zip/upload.zip"]
     assert run_command(monkeypatch, *check, "--data-root", test_set.parent, "--data", "synthetic") == 0
-    assert "nothing wrong" in capsys.readouterr().out
+    assert "all rules of the challenge met" in capsys.readouterr().out
     assert run_command(monkeypatch, *check) == 1  # without the data a tile has 512×512 pixels
     said = capsys.readouterr().out
-    assert said.count("wrong size: ") == 4 and "is 64×64 pixels, wanted 512×512" in said and "4 wrong" in said
+    assert said.count("wrong size: ") == 4 and "is 64×64 pixels, wanted 512×512" in said and "4 faults, listed above" in said
     assert run_command(monkeypatch, "submission", "check", tmp_path / "none.zip") == 2
 
 
