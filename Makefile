@@ -60,7 +60,7 @@ showcase: $(VENV)/.ready
 	$(BIN)/agrivision reproduce fig2_divergence --seeds 0,1,2 --data naip-trees --data-root "$(NAIP)" --out out/naip-trees
 	$(BIN)/agrivision reproduce fig2_divergence --seeds 0,1,2 --data ag-net --data-root "$(AG_NET)" --out out/ag-net
 	for data in naip-trees ag-net; do \
-	  cp out/$$data/fig2_divergence.csv nbs/showcase/fig2_$$data.csv && cp out/$$data/fig2_divergence.png nbs/showcase/fig2_$$data.png || exit 1; done
+	  cp out/$$data/tables/fig2_divergence.csv nbs/showcase/fig2_$$data.csv && cp out/$$data/figures/fig2_divergence.png nbs/showcase/fig2_$$data.png || exit 1; done
 	$(BIN)/python tools/export.py --run index
 
 clean:

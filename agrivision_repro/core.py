@@ -16,6 +16,8 @@ from threading import Thread
 import numpy as np
 from safetensors import SafetensorError
 
+from agrivision_repro import __version__
+
 
 def worker_pool(
     n_workers: int,
@@ -116,3 +118,8 @@ def check_choice(name: str, got: object, allowed: tuple) -> None:
     "Raise ValueError unless a value is one of those allowed."
     if got not in allowed:
         raise ValueError(f"{name} is {got!r}: wanted one of {', '.join(map(str, allowed))}")
+
+
+def how_to_install(extra: str) -> str:
+    "Return the commands that install this package with an extra, which is on no package index."
+    return f"pip install '.[{extra}]' in the checkout, or 'agrivision_repro-{__version__}-py3-none-any.whl[{extra}]'"

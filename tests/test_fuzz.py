@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,9 @@ from agrivision_repro.data.editions import open_tiles
 from agrivision_repro.data.pack import PackedTiles, pack_split
 from agrivision_repro.data.synthetic_files import write_synthetic
 from agrivision_repro.data.tiles import BadFile, Tile, read_image
-from agrivision_repro.runs.store import find_run, list_runs, read_result
+from agrivision_repro.runs.listing import list_runs
+from agrivision_repro.runs.run import plan_run
+from agrivision_repro.runs.store import RunFolder, find_run
 
 PLAIN = (ValueError, OSError)  # what `cli.app.main` turns into one line
 
@@ -202,7 +205,7 @@ def test_the_rests_of_a_killed_pack(name, content, farm, folder):
 
 
 RECORD = {
-    "run": {"recipe": {}, "data": "synthetic", "farm": None},
+    "run": json.loads(json.dumps(asdict(plan_run("smoke", "synthetic")))),
     "title": "",
     "state": "training",
     "device": "",
@@ -238,8 +241,8 @@ def test_records_of_runs(run, scores, folder):
     (home / "run.json").write_bytes(run)
     if scores is not None:
         (home / "scores.json").write_bytes(scores)
-    assert find_run(folder / "out", "a") == home
-    for read in (lambda: list_runs(folder / "out"), lambda: read_result(home)):
+    assert find_run(folder / "out", "a") == RunFolder(home)
+    for read in (lambda: list_runs(folder / "out"), RunFolder(home).result):
         try:
             read()
         except PLAIN as error:

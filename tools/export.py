@@ -36,6 +36,8 @@ def run(path: Path) -> None:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
+            for output in (o for o in cell.outputs if o.output_type == "stream"):
+                output.text = output.text.replace(f"{Path(os.environ['AGRIVISION_OUT']).parent}/", "")
     nbformat.write(notebook, path)
     print(f"ran {path.relative_to(ROOT)}")
 
@@ -69,7 +71,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     export(ROOT)
     if args.run:
-        os.environ["AGRIVISION_OUT"] = tempfile.mkdtemp()  # so that notebooks retrain
+        os.environ["AGRIVISION_OUT"] = f"{tempfile.mkdtemp()}/out"  # so that notebooks retrain
         for notebook_path in find_notebooks(args.names):
             run(notebook_path)
         export(ROOT)

@@ -40,9 +40,9 @@ def predict(
     from agrivision_repro.predict.scenes import find_scenes  # fmt: skip
     from agrivision_repro.predict.submission import write_submission  # fmt: skip
     from agrivision_repro.predict.windows import describe_model, load_predictor, own_window, window_starts  # fmt: skip
-    from agrivision_repro.runs.store import find_run, read_result
+    from agrivision_repro.runs.store import find_run
 
-    result, scenes = read_result(find_run(trainings, run)), find_scenes(images)
+    result, scenes = find_run(trainings, run).result(), find_scenes(images)
     wanted = plan_submission(result.run, data_root, {scene.name for scene in scenes}) if submission else None
     window_starts(1, window or own_window(result), overlap)  # fail on a bad value before computing anything
     predictor, classes, sizes = load_predictor(result, checkpoint, tta, channels, device, precision), result.run.edition.classes, {}
@@ -51,6 +51,7 @@ def predict(
         found = predict_scene(scene, predictor, out, classes, window or own_window(result), overlap, pictures, describe_model(result))
         sizes[found.name] = found.size
         print(found.as_text(classes))
+    print(f"maps: {out}")
     if submission:
         write_submission(out / "labels", submission, wanted or sizes)
         print(f"{submission}: {len(wanted or sizes)} maps, all rules of the challenge met")
@@ -66,7 +67,7 @@ def plan_submission(
 
     if run.edition.classes != CHALLENGE_CLASSES:
         raise ValueError(f"the run's classes are {', '.join(run.edition.classes)}: a submission needs {', '.join(CHALLENGE_CLASSES)}")
-    wanted = tile_sizes(run.data, data_root) if data_root else {}
+    wanted = tile_sizes(run.source.name, data_root) if data_root else {}
     lacking = [name for name in wanted if name not in names]
     if lacking:
         shown = ", ".join(lacking[:4]) + ", …" * (len(lacking) > 4)
@@ -93,5 +94,6 @@ def check_zip(
     from agrivision_repro.predict.submission import check_submission, tile_sizes
 
     faults = check_submission(path, tile_sizes(data or detect_edition(data_root), data_root) if data_root else None)
-    print(*faults, f"{path}: {len(faults) or 'nothing'} wrong", sep="\n")
+    met = f"{len(faults)} faults, listed above" if faults else "all rules of the challenge met"
+    print(*faults, f"{path}: {met}", sep="\n")
     raise typer.Exit(1 if faults else 0)

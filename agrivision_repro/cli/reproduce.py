@@ -17,11 +17,16 @@ import typer
 from agrivision_repro.cli.options import DataRoot, Device, Out, Precision, RunData, ScaleName, read_parameters
 
 
+_FOLDERS = ("out", "data_root", "report")  # parameters of notebooks that do not change what they show
+
+
 def _need_notebooks() -> None:
     "Raise ValueError if a package needed to run notebooks is not installed."
+    from agrivision_repro.core import how_to_install
+
     missing = [name for name in ("papermill", "ipykernel", "nbconvert", "latex2mathml") if find_spec(name) is None]
     if missing:
-        raise ValueError(f"notebooks need {', '.join(missing)}: pip install 'agrivision_repro[notebooks]'")
+        raise ValueError(f"notebooks need {', '.join(missing)}: {how_to_install('notebooks')}")
 
 
 def _notebook_parameters(
@@ -44,70 +49,86 @@ def _inputs_hash(
     import agrivision_repro
     from agrivision_repro.study.tables import table_notebook
 
-    files = [table_notebook(name), *sorted(Path(agrivision_repro.__file__).parent.glob("*.py"))]
-    files += [r.folder / kept for r in results for kept in ("scores.json", "run.json")]
-    told = {k: v for k, v in parameters.items() if k not in ("out", "data_root")}  # paths do not matter
+    files = [table_notebook(name), *sorted(Path(agrivision_repro.__file__).parent.rglob("*.py"))]
+    files += [path for r in results for path in (r.folder.scores_file, r.folder.record_file)]
+    told = {k: v for k, v in parameters.items() if k not in _FOLDERS}  # paths do not matter
     content = [json.dumps(told, sort_keys=True).encode(), *(path.read_bytes() for path in files)]
     return hashlib.blake2b(b"".join(content), digest_size=16).hexdigest()
 
 
-def _is_up_to_date(name: str, origin: str, out: Path) -> bool:
-    "Return True if the executed notebook has the same inputs and all its output files exist."
+def _read_metadata(name: str, report: Path, key: str) -> dict:  # empty: not executed yet
+    "Return an entry of an executed notebook's metadata."
     try:
-        known = json.loads((out / f"{name}.ipynb").read_text())["metadata"]["agrivision_repro"]
+        return json.loads((report / "notebooks" / f"{name}.ipynb").read_text())["metadata"][key]
     except (OSError, ValueError, KeyError):
-        return False
-    return known["made_of"] == origin and all((out / file).is_file() for file in known["files"])
+        return {}
+
+
+def _is_up_to_date(name: str, origin: str, report: Path) -> bool:
+    "Return True if the executed notebook has the same inputs and all its output files exist."
+    known = _read_metadata(name, report, "agrivision_repro")
+    return known.get("made_of") == origin and all((report / file).is_file() for file in known["files"])
+
+
+def _warn_of_replacing(parameters: dict[str, dict], report: Path) -> None:
+    "Print a line if a report of other data or of another scale will be replaced."
+    for name, own in parameters.items():
+        before = _read_metadata(name, report, "papermill").get("parameters", {})
+        if any(before.get(key, own.get(key)) != own.get(key) for key in ("data", "scale")):
+            was = f"{before['data']} at scale {before['scale']}"
+            print(f"agrivision: the report of {was} in {report} is replaced; with another --out, both are kept", file=sys.stderr)
+            return
 
 
 def _run_notebook(
     name: str,  # of a table
     parameters: dict,
     origin: str,  # of `_inputs_hash`
-    out: Path,
+    report: Path,
 ) -> str:  # error message; "": none
-    "Execute a table notebook into `out`; a failed one is saved up to its error."
+    "Execute a table notebook into the report; a failed one is saved up to its error."
     from papermill import PapermillExecutionError, execute_notebook
 
     from agrivision_repro.study.tables import table_notebook
 
-    fresh, error = out / f"{name}.new.ipynb", ""
+    folder = report / "notebooks"
+    fresh, error = folder / f"{name}.new.ipynb", ""
     try:
-        done = execute_notebook(str(table_notebook(name)), str(fresh), parameters, kernel_name="python3", progress_bar=False, cwd=str(out))
-        files = [p.name for p in [*out.glob(f"{name}.*"), *out.glob(f"{name}-*")] if p.suffix not in (".ipynb", ".html")]
-        done.metadata["agrivision_repro"] = {"made_of": origin, "files": sorted(files)}
+        done = execute_notebook(str(table_notebook(name)), str(fresh), parameters, kernel_name="python3", progress_bar=False, cwd=str(folder))
+        files = [p for kind in ("tables", "figures") for end in (".", "-") for p in (report / kind).glob(f"{name}{end}*")]
+        done.metadata["agrivision_repro"] = {"made_of": origin, "files": sorted(str(p.relative_to(report)) for p in files)}
         fresh.write_text(json.dumps(done, indent=1) + "\n")
     except PapermillExecutionError as failure:
         error = " ".join(f"{failure.ename}: {failure.evalue}".split())
-    os.replace(fresh, out / f"{name}.ipynb")
+    os.replace(fresh, folder / f"{name}.ipynb")
     return error
 
 
-def _run_quietly(name: str, parameters: dict, origin: str, out: Path) -> str:
+def _run_quietly(name: str, parameters: dict, origin: str, report: Path) -> str:
     "Execute a notebook in a worker process with stderr discarded: it holds only the kernel's warnings."
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
-    return _run_notebook(name, parameters, origin, out)
+    return _run_notebook(name, parameters, origin, report)
 
 
 def _run_notebooks(
     parameters: dict[str, dict],  # of each notebook
     results: dict[str, list],  # that each uses
-    out: Path,
+    report: Path,
 ) -> dict[str, str]:  # failed notebook → error message
     "Execute table notebooks whose inputs changed, two at a time; the claims, which use the others' measurements, come last."
     from tqdm import tqdm
 
     from agrivision_repro.core import worker_pool
 
-    out.mkdir(parents=True, exist_ok=True)
+    (report / "notebooks").mkdir(parents=True, exist_ok=True)
     origins = {name: _inputs_hash(name, parameters[name], results[name]) for name in parameters}
-    todo = [name for name in parameters if not _is_up_to_date(name, origins[name], out)]
+    todo = [name for name in parameters if not _is_up_to_date(name, origins[name], report)]
     errors = {}
     with tqdm(total=len(todo), desc="notebooks", leave=False) as bar:
         for names in ([n for n in todo if n != "claims"], [n for n in todo if n == "claims"]):
             with worker_pool(2) as pool:
-                jobs = [(name, parameters[name], origins[name], out) for name in names]
+                jobs = [(name, parameters[name], origins[name], report) for name in names]
                 for name, error in zip(names, pool.map(_run_quietly, *zip(*jobs, strict=True)) if jobs else (), strict=True):
                     errors[name] = error
                     bar.update()
@@ -143,25 +164,18 @@ def reproduce(
 
     names = _choose_tables(tables or [])
     workspace = Workspace(out, data_root, device, precision)
-    common = {"scale": scale, "data": data, "seeds": _read_seeds(seeds), **workspace.places()}
+    common = {"scale": scale, "data": data, "seeds": seeds, **workspace.as_kwargs()}
     runs, parameters = _plan_tables(names, common, parameter or [])
     if scale == "paper" and not ray:
         _check_can_run(runs, workspace)
+    _warn_of_replacing(parameters, workspace.report)
     failures = _train_all(runs, workspace, ray)
     results = {name: [] if name in failures else workspace.results(runs[name]) for name in names}
-    failures |= _run_notebooks({name: own for name, own in parameters.items() if name not in failures}, results, workspace.out)
+    failures |= _run_notebooks({name: own for name, own in parameters.items() if name not in failures}, results, workspace.report)
     print(f"report: {write_report(results, workspace, failures)}")
     for name, error in failures.items():
         print(f"agrivision: {name} failed: {error}", file=sys.stderr)
     raise typer.Exit(1 if failures else 0)
-
-
-def _read_seeds(text: str) -> list[int]:
-    "Parse `0,1,2`."
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"seeds are {text!r}: wanted whole numbers separated by commas, like 0,1,2") from error
 
 
 def _plan_tables(
@@ -170,10 +184,11 @@ def _plan_tables(
     pairs: list[str],  # more parameters, `NAME=VALUE`
 ) -> tuple[dict[str, list], dict[str, dict]]:  # by table: its Runs, and the notebook parameters that select the same Runs
     "List the Runs of tables."
-    from agrivision_repro.study.tables import TABLES
+    from agrivision_repro.study.tables import TABLES, check_seeds
 
     known = {name: _notebook_parameters(name) for name in names}
-    given = common | read_parameters(pairs, {k: v for own in known.values() for k, v in own.items()})
+    given = common | read_parameters(pairs, {k: v for own in known.values() for k, v in own.items() if k not in _FOLDERS})
+    given["seeds"] = check_seeds(given["seeds"])
     parameters = {name: {k: v for k, v in given.items() if k in own} for name, own in known.items()}
     takes = {name: inspect.signature(TABLES[name]).parameters for name in names}
     return {n: TABLES[n](**{k: v for k, v in own.items() if k in takes[n]}) for n, own in parameters.items()}, parameters
@@ -185,12 +200,11 @@ def _train_all(
     ray: str,  # address; "": on this machine
 ) -> dict[str, str]:  # table that cannot be made → error message
     "Train the Runs that the tables need."
-    from agrivision_repro.runs.cluster import train_on_ray
-    from agrivision_repro.runs.local import train_here
+    from agrivision_repro.runs.launch import launch
     from agrivision_repro.runs.plan import name_runs
 
     unique = list(dict.fromkeys(run for own in runs.values() for run in own))
-    failed = (train_on_ray(unique, workspace, ray) if ray else train_here(unique, workspace)).failures
+    failed = (launch(unique, workspace, "ray", address=ray) if ray else launch(unique, workspace)).failures
     for run, name in zip(unique, name_runs(unique), strict=True):
         if run in failed:
             print(f"agrivision: {name} failed: {failed[run]}", file=sys.stderr)
@@ -201,8 +215,8 @@ def _check_can_run(runs: dict[str, list], workspace) -> None:
     "Check that the data and a GPU are available; if not, print the plan and raise ValueError naming what is missing."
     from agrivision_repro.runs.plan import estimate, measure_data
 
-    real = [run for own in runs.values() for run in own if run.farm is None]
-    missing = [measure_data(real[0], workspace)[1].split(";")[0]] if real else []
+    real = [run for own in runs.values() for run in own if run.source.synthetic is None]
+    missing = [measure_data(real[0].source, workspace)[1].split(";")[0]] if real else []
     if workspace.device == "auto" and not workspace.on_gpu:
         missing.append("no GPU was found (--device cpu trains without one)")
     if any(missing):
@@ -226,5 +240,5 @@ def plan(
     from agrivision_repro.runs.plan import estimate
     from agrivision_repro.runs.workspace import Workspace
 
-    runs, _ = _plan_tables(_choose_tables(tables or []), {"scale": scale, "data": data, "seeds": _read_seeds(seeds)}, parameter or [])
+    runs, _ = _plan_tables(_choose_tables(tables or []), {"scale": scale, "data": data, "seeds": seeds}, parameter or [])
     print(estimate(runs, Workspace(out, data_root, device, precision)).as_text(devices))

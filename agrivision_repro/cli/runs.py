@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +18,7 @@ def _change_fields(
     pairs: dict[str, str],  # field → text; `recipe.lr` for one of the recipe
 ):  # a copy with the new values
     "Set fields of a Run by name; raise ValueError for unknown ones."
-    known = {f.name: getattr(chosen, f.name) for f in fields(chosen) if f.name not in ("data", "farm")}
+    known = {f.name: getattr(chosen, f.name) for f in fields(chosen) if f.name != "source"}
     inner = {name.removeprefix("recipe."): text for name, text in pairs.items() if name.startswith("recipe.")}
     values = {"recipe": _change_fields(chosen.recipe, inner)} if inner else {}
     for name, text in pairs.items():
@@ -48,15 +49,35 @@ def train(
 
     pairs = [pair.partition("=") for pair in field or []]
     run = _change_fields(plan_run(scale, data, recipe), {name: text for name, _, text in pairs})
-    workspace = Workspace(out, data_root, device, precision)
-    workspace.trackers, workspace.save_every = track or (), save_every
+    workspace = Workspace(out, data_root, device, precision, save_every=save_every, trackers=track or ())
     try:
         result = workspace.result(run)
     finally:
         _destroy_process_group()
     if os.environ.get("RANK", "0") == "0":
-        means = {c: ", ".join(f"{m} {100 * s['mean']:.1f} %" for m, s in by.items()) for c, by in result.scores.items()}
-        print(f"{result.folder}: {run.title}", *(f"  tested on {c}, mean over classes: {shown}" for c, shown in means.items()), sep="\n")
+        print(f"{run.title}: {result.folder}", "mean over classes, last weights:", sep="\n")
+        print(*(_format_means(channels, by_metric) for channels, by_metric in result.scores.items()), sep="\n")
+        print(f"predict images with it: agrivision predict {result.folder.name} IMAGE --out MAPS --out-of-trainings {out}")
+
+
+def _format_means(
+    channels: str,  # a test input
+    by_metric: dict,  # metric → mean, …
+    before: dict | None = None,  # the same of the last weights without augmentation
+) -> str:
+    "Format the mean scores on one test input in percent."
+    from agrivision_repro.runs.listing import format_percent
+    from agrivision_repro.runs.store import METRIC_NAMES
+
+    was = {metric: f" (was {format_percent(scores['mean'])})" for metric, scores in (before or {}).items()}
+    means = [f"{METRIC_NAMES[metric]} {format_percent(s['mean'])}{was.get(metric, '')}" for metric, s in by_metric.items()]
+    return _fill(f"tested on {channels}: {'; '.join(means)}", "  ")
+
+
+def _fill(text: str, indent: str, first: str | None = None) -> str:
+    "Wrap a text to 80 columns, but not between a number and its %."
+    options = {"initial_indent": indent if first is None else first, "subsequent_indent": indent, "break_on_hyphens": False}
+    return textwrap.fill(text.replace(" %", "\u00a0%"), 80, **options).replace("\u00a0", " ")
 
 
 def _destroy_process_group() -> None:
@@ -75,29 +96,53 @@ _RunId = Annotated[str, typer.Argument(help="The first digits of the run's id.")
 
 @runs_app.callback()
 def runs(context: typer.Context, out: Out = "out"):
-    "List all runs: state, age, mIoU, device, commit."
-    from agrivision_repro.runs.store import list_runs
+    "List all runs: state, age, data, mIoU and average precision."
+    from agrivision_repro.runs.listing import list_runs
 
     context.obj = Path(out)
     if context.invoked_subcommand is None:
         table = list_runs(context.obj)
-        print(table.to_string(index=False) if len(table) else f"no runs in {out}: make some with agrivision train or agrivision reproduce")
+        print(_format_runs(table) if len(table) else f"no runs in {out}: make some with agrivision train or agrivision reproduce")
+
+
+def _format_runs(
+    table,  # of `listing.list_runs`
+) -> str:
+    "Format a list of runs in 80 columns: id and title, and below them state, age, data and scores."
+    lines = []
+    for row in table.to_dict("records"):
+        details = [row["state"], f"{row['age']} ago", row["data"], f"mIoU {row['mIoU']}", f"AP {row['AP']}"]
+        lines += [f"{row['id']}  {row['title']}", _fill("; ".join(text for text in details if not text.endswith("–")), 14 * " ")]
+    return "\n".join([*lines, "", "next: agrivision runs show ID, or agrivision runs compare ID ID"])
+
+
+def _format_comparison(
+    table,  # of `listing.compare_runs`
+) -> str:
+    "Format a comparison in 80 columns: side by side if it fits, else one run per line."
+    text = table.to_string()
+    if max(map(len, text.splitlines())) <= 80:
+        return text
+    rows = ([name, *(_fill(f"{run}  {value}", 16 * " ", "  ") for run, value in row.items())] for name, row in table.iterrows())
+    return "\n".join(line for lines in rows for line in lines)
 
 
 @runs_app.command("show")
 def show_one(context: typer.Context, run: _RunId):
     "Print everything recorded about one run."
-    from agrivision_repro.runs.store import find_run, show_run
+    from agrivision_repro.runs.listing import show_run
+    from agrivision_repro.runs.store import find_run
 
-    print(show_run(find_run(context.obj, run)).to_string())
+    print(*(_fill(f"{name}: {value}", "    ", "") for name, value in show_run(find_run(context.obj, run)).items()), sep="\n")
 
 
 @runs_app.command()
 def compare(context: typer.Context, runs: Annotated[list[str], typer.Argument(help="The first digits of two or more ids.")]):
     "Print the fields in which runs differ, and their scores, side by side."
-    from agrivision_repro.runs.store import compare_runs, find_run
+    from agrivision_repro.runs.listing import compare_runs
+    from agrivision_repro.runs.store import find_run
 
-    print(compare_runs([find_run(context.obj, run) for run in runs]).to_string())
+    print(_format_comparison(compare_runs([find_run(context.obj, run) for run in runs])))
 
 
 @runs_app.command()
@@ -114,6 +159,8 @@ def score(
     from agrivision_repro.runs.store import find_run
     from agrivision_repro.runs.workspace import Workspace, score_again
 
-    workspace = Workspace(context.obj, data_root, device, precision)
-    for channels, by_metric in score_again(find_run(context.obj, run), workspace, checkpoint, tta).items():
-        print(f"{checkpoint}, {tta}, tested on {channels}: " + ", ".join(f"{m} {100 * s['mean']:.1f} %" for m, s in by_metric.items()))
+    folder = find_run(context.obj, run)
+    scores, before = score_again(folder, Workspace(context.obj, data_root, device, precision), checkpoint, tta), folder.result().scores
+    print(f"{folder.name}  {folder.run().title}", f"{checkpoint} weights, augmentation {tta} (was: last weights, none)", sep="\n")
+    print(*(_format_means(channels, by_metric, before[channels]) for channels, by_metric in scores.items()), sep="\n")
+    print(f"saved as {folder.more_scores(checkpoint, tta)}")

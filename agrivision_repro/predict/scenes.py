@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import tifffile
 
+from agrivision_repro.core import how_to_install
 from agrivision_repro.data.tiles import BadFile, read_image
 
 _WANTED = "a four-band TIFF, images/rgb/NAME.jpg with images/nir/NAME.jpg beside it, or a folder with images/rgb and images/nir"
@@ -104,11 +105,10 @@ def open_tiff(path: Path) -> Iterator[Raster]:
             pixels = np.moveaxis(pixels, -1, 0) if file.pages[0].axes.endswith("S") else pixels
     except Exception as error:  # a decoder may raise anything
         reason = " ".join(str(error).split())
-        raise BadFile("unreadable", f"{path} cannot be read ({reason}): fetch it again, or pip install 'agrivision_repro[geo]'") from error
+        raise BadFile("unreadable", f"{path} cannot be read ({reason}): fetch it again, or {how_to_install('geo')}") from error
     _check_bands(path, pixels.shape, pixels.dtype)
     if is_placed:
-        remedy = "pip install 'agrivision_repro[geo]' keeps it"
-        print(f"{path}: georeferencing is dropped, rasterio is not installed ({remedy})", file=sys.stderr)
+        print(f"{path}: georeferencing is dropped, rasterio is not installed ({how_to_install('geo')})", file=sys.stderr)
     yield Raster(pixels.shape[1:], lambda top, end: np.ascontiguousarray(pixels[:, top:end]))
 
 

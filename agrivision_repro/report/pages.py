@@ -113,12 +113,13 @@ figure { margin: 1.2rem 0; } figcaption, .small { font-size: .88rem; opacity: .8
 {% else %}<p>{{ s.question }}</p>
 {% if s.banner %}<p class="note">{{ s.banner }}</p>
 {% endif %}{% for t in s.tables %}<div class="wide">{{ t.html }}</div>
-<p class="small"><a href="{{ t.name }}.csv">CSV</a> · <a href="{{ t.name }}.md">Markdown</a> · <a href="{{ t.name }}.tex">LaTeX</a></p>
+<p class="small">{% for kind, ending in [("CSV", "csv"), ("Markdown", "md"), ("LaTeX", "tex")] %}{{ " · " if not loop.first }}
+<a href="tables/{{ t.name }}.{{ ending }}">{{ kind }}</a>{% endfor %}</p>
 {% endfor %}{% if s.basis %}<p class="small">{{ s.basis }} The paper's numbers are in separate columns.</p>
 {% endif %}{% for p in s.pictures %}<figure><img alt="{{ p.alt }}" src="data:image/png;base64,{{ p.png }}">
 <figcaption>{{ p.alt }}{% if s.credit %} Data: {{ s.credit }}.{% endif %}
-<a href="{{ p.name }}.png">PNG</a> · <a href="{{ p.name }}.pdf">PDF</a></figcaption></figure>
-{% endfor %}<p><a href="{{ s.name }}.html">The executed notebook</a> · <a href="{{ s.name }}.ipynb">ipynb</a></p>
+<a href="figures/{{ p.name }}.png">PNG</a> · <a href="figures/{{ p.name }}.pdf">PDF</a></figcaption></figure>
+{% endfor %}<p><a href="notebooks/{{ s.name }}.html">The executed notebook</a> · <a href="notebooks/{{ s.name }}.ipynb">ipynb</a></p>
 {% endif %}</section>
 {% endfor %}{% if origin %}<section id="origin"><h2>Where the numbers come from</h2>
 <div class="wide">{{ origin }}</div></section>{% endif %}
@@ -139,7 +140,7 @@ def _origin_table(
             "GMACs a tile": f"{gmacs_of(kind_of(r.run), r.run.recipe.crop or PAPERS_DATA.side):.3g}",
             "seconds": r.record["seconds"],
             "tiles (train, val)": f"{r.record['n_train']}, {r.record['n_val']}",
-            "data": f"{r.run.data} {workspace.identify(r.run.data, r.run.farm)}",
+            "data": f"{r.run.source.name} {workspace.identify(r.run.source)}",
             "device": f"{r.record['device']}, {r.record['precision']}",
             "commit": (r.record["commit"][:10] or "installed package") + (" + changes" if r.record["is_dirty"] else ""),
             "torch": r.record["versions"]["torch"],
@@ -149,18 +150,21 @@ def _origin_table(
 
 
 def _report_section(
-    name: str,  # of the executed notebook in `out`
+    name: str,  # of the executed notebook
     results: Sequence[Result],  # that it uses; may be empty
-    out: Path,
+    folder: Path,  # of the report
 ) -> dict:  # the values that INDEX_PAGE needs
-    "Collect one section of the report from the files that its notebook saved in `out`."
-    title, question = _notebook_title(nbformat.read(out / f"{name}.ipynb", as_version=4))
-    tables = sorted(out.glob(f"{name}.table.html")) + sorted(out.glob(f"{name}-*.table.html"))
+    "Collect one section of the report from the files that its notebook saved."
+    title, question = _notebook_title(nbformat.read(folder / "notebooks" / f"{name}.ipynb", as_version=4))
+    tables, pictures = (
+        sorted((folder / kind).glob(f"{name}{ending}")) + sorted((folder / kind).glob(f"{name}-*{ending}"))
+        for kind, ending in {"tables": ".html", "figures": ".png"}.items()
+    )
     return {
         "name": name, "title": escape(title), "question": escape(question.split("?")[0] + "?"),
         "banner": re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", escape(banner_text(results), quote=False)) if results else "",
-        "tables": [{"name": p.name.removesuffix(".table.html"), "html": p.read_text()} for p in tables],
-        "pictures": [_read_picture(p) for p in sorted(out.glob(f"{name}.png")) + sorted(out.glob(f"{name}-*.png"))],
+        "tables": [{"name": p.stem, "html": p.read_text().replace('href="../index.html#', 'href="#')} for p in tables],
+        "pictures": [_read_picture(p) for p in pictures],
         "basis": _basis_text(results) if results else "", "credit": escape(results[0].run.edition.credit) if results else "",
     }  # fmt: skip
 
@@ -184,21 +188,23 @@ def _read_picture(path: Path) -> dict[str, str]:
 
 
 def write_report(
-    results: dict[str, list[Result]],  # executed notebook in `out` → the results that it uses
+    results: dict[str, list[Result]],  # executed notebook → the results that it uses
     workspace: Workspace,
     failures: dict[str, str] | None = None,  # failed notebook → error message
 ) -> Path:  # index.html
     "Write each executed notebook as a page, and the report that links to them; a failed section shows its error."
-    out, failures, sections = workspace.out, failures or {}, []
+    folder, failures, sections = workspace.report, failures or {}, []
     for name, own in results.items():
         if name in failures:
             sections.append({"name": name, "title": name, "error": escape(failures[name])})
             continue
-        (out / f"{name}.html").write_text(_notebook_page(out / f"{name}.ipynb"))
-        sections.append(_report_section(name, own, out))
+        path = folder / "notebooks" / f"{name}.ipynb"
+        path.with_suffix(".html").write_text(_notebook_page(path))
+        sections.append(_report_section(name, own, folder))
     has_any = any(results.values())
     page = Environment().from_string(_INDEX_PAGE).render(
         sections=sections, version=version("agrivision_repro"), origin=html_table(_origin_table(results, workspace)) if has_any else ""
     )
-    (out / "index.html").write_text(page)
-    return out / "index.html"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "index.html").write_text(page)
+    return folder / "index.html"

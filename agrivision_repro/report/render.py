@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +19,9 @@ from agrivision_repro.training.schedule import Recipe
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
+
+
+LEARNS_FROM = 100  # iterations; after fewer, scores mean nothing
 
 
 def banner_text(
@@ -33,6 +38,8 @@ def banner_text(
     if run.edition.is_papers and recipe == paper:
         return f"**The paper's data and schedule.** {what}"
     verdict = "**The paper's data, not its schedule.**" if run.edition.is_papers else "**Not the paper's data.**"
+    if recipe.iterations < LEARNS_FROM:
+        return f"**{recipe.iterations} iterations: nothing is learned; this shows that the code runs.** {verdict} {what}"
     return f"{verdict} These scores are on {run.edition.title}; they can show a direction, but not reproduce the paper's values. {what}"
 
 
@@ -116,12 +123,24 @@ def save_table(
     "Save a table as numbers (CSV), as text (Markdown, LaTeX) and for the report (HTML)."
     from IPython.display import HTML
 
-    workspace.out.mkdir(parents=True, exist_ok=True)
-    numbers.to_csv(workspace.out / f"{name}.csv", index=False)
-    html = html_table(shown, caption)
-    for ending, text in {"md": to_markdown(shown), "tex": _to_latex(shown, caption, name), "table.html": html}.items():
-        (workspace.out / f"{name}.{ending}").write_text(text)
+    save_numbers(name, numbers, workspace)
+    html, path = html_table(shown, caption), workspace.report / "tables" / name
+    for ending, text in {"md": to_markdown(shown), "tex": _to_latex(shown, caption, name), "html": html}.items():
+        path.with_name(f"{name}.{ending}").write_text(text)
+    print(f"table: {_short_path(path)}.csv, .md, .tex, .html")
     return HTML(html)
+
+
+def save_numbers(name: str, numbers: pd.DataFrame, workspace: Workspace) -> None:
+    "Save numbers as CSV among the tables."
+    folder = workspace.report / "tables"
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers.to_csv(folder / f"{name}.csv", index=False)
+
+
+def _short_path(path: Path) -> str:
+    "Return a path as it is, or relative to the current folder, whichever is shorter."
+    return min(os.path.relpath(path), str(path), key=len)
 
 
 def save_picture(
@@ -131,7 +150,9 @@ def save_picture(
     alt: str,  # text alternative, stored in the files
 ) -> Figure:
     "Save a figure as PNG and PDF."
-    workspace.out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(workspace.out / f"{name}.png", dpi=120, metadata={"Description": alt})
-    figure.savefig(workspace.out / f"{name}.pdf", metadata={"Subject": alt})
+    folder = workspace.report / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png", dpi=120, metadata={"Description": alt})
+    figure.savefig(folder / f"{name}.pdf", metadata={"Subject": alt})
+    print(f"figure: {_short_path(folder / name)}.png, .pdf")
     return figure

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import heapq
-import json
+import textwrap
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,8 +23,8 @@ from agrivision_repro.data.batches import CHANNELS, Batch
 from agrivision_repro.data.pack import open_split
 from agrivision_repro.models.backbones import IMAGENET_URLS
 from agrivision_repro.models.deeplab import count_gmacs
-from agrivision_repro.runs.run import Run, build_loss, build_model
-from agrivision_repro.runs.store import CHECKPOINTS, provenance, saved_iteration
+from agrivision_repro.runs.run import Run, Source, build_loss, build_model
+from agrivision_repro.runs.store import CHECKPOINTS, RunFolder, provenance, run_folders
 from agrivision_repro.runs.workspace import Workspace
 from agrivision_repro.training.engine import Engine, make_engine
 from agrivision_repro.training.loop import Trainer
@@ -58,7 +59,7 @@ def kind_of(run: Run) -> Run:
     shape = {"batch_size": old.batch_size, "micro_batches": old.micro_batches, "crop": old.crop, "width": old.width}
     recipe = Recipe(1, 1_000, 0, pretrained=False, **shape)  # long enough to time, too short to be compiled
     channels = "rgb" if len(CHANNELS[run.channels]) == 3 else "rgbn"
-    alike = {"farm": None, "seed": 0, "statistics": "imagenet", "dice": float(run.dice > 0), "lovasz": float(run.lovasz > 0)}
+    alike = {"source": Source(run.source.name), "seed": 0, "statistics": "imagenet", "dice": float(run.dice > 0), "lovasz": float(run.lovasz > 0)}
     return replace(run, recipe=recipe, channels=channels, **alike)
 
 
@@ -152,40 +153,42 @@ def _pace_all(
     return paces
 
 
-def _find_data(run: Run, workspace: Workspace) -> Path:
-    "Return the folder of a Run's data; raise FileNotFoundError if there is none."
-    if run.farm is None:
+def _find_data(source: Source, workspace: Workspace) -> Path:
+    "Return the folder of a source's tiles; raise FileNotFoundError if there is none."
+    if source.synthetic is None:
         if workspace.data_root is None:
-            raise FileNotFoundError(f"no folder is given for the data {run.data!r} (--data-root)")
+            raise FileNotFoundError(f"no folder is given for the data {source.name!r} (--data-root)")
         return workspace.data_root
     for note in workspace.out.glob("data/*/farmland.json"):
-        if read_json(note) == run.farm.describe():
+        if read_json(note) == source.synthetic.describe():
             return note.parent
     raise FileNotFoundError("the synthetic tiles do not exist yet: the first run generates them")
 
 
-def measure_data(run: Run, workspace: Workspace) -> tuple[DataSize, str]:  # and what is missing; "": nothing
-    "Return size and number of the tiles of a Run's data; if the data is missing, those of its description or the paper."
+def measure_data(source: Source, workspace: Workspace) -> tuple[DataSize, str]:  # and what is missing; "": nothing
+    "Return size and number of a source's tiles; if they are missing, those of its description or the paper."
     try:
-        tiles = open_split(run.data, _find_data(run, workspace), "val")
+        tiles = open_split(source.name, _find_data(source, workspace), "val")
         return DataSize(max(tiles[0].labels.shape), len(tiles)), ""
     except (ValueError, OSError) as error:
-        if run.farm is None:
+        if source.synthetic is None:
             return PAPERS_DATA, f"{error}; planned with the paper's sizes: 512² tiles, 4,431 of them to score"
-        return DataSize(run.farm.size, run.farm.val_fields * run.farm.tiles_per_field), str(error)
+        return DataSize(source.synthetic.size, source.synthetic.val_fields * source.synthetic.tiles_per_field), str(error)
 
 
 def _find_folder(
     run: Run,
     workspace: Workspace,
     has_data: bool,
-) -> Path | None:  # None: never started
+) -> RunFolder | None:  # None: never started
     "Return the folder of a Run, found by its description if its data is missing."
     if has_data:
         return workspace.folder(run)
-    described = json.loads(json.dumps(asdict(run)))
-    records = (path for path in workspace.out.glob("runs/*/run.json") if read_json(path)["run"] == described)
-    return next((path.parent for path in records), None)
+    for folder in run_folders(workspace.out):
+        with suppress(ValueError):  # from another version, or damaged
+            if folder.run() == run:
+                return folder
+    return None
 
 
 def schedule(
@@ -234,6 +237,8 @@ def name_runs(runs: Sequence[Run]) -> list[str]:
 
 def _format_hours(hours: float) -> str:
     "Format a time span in a suitable unit."
+    if hours >= 48:
+        return f"{hours / 24:,.0f} days"
     if hours >= 1:
         return f"{hours:,.0f} h" if hours >= 10 else f"{hours:.1f} h"
     return f"{60 * hours:.0f} min" if hours >= 1 / 30 else f"{3600 * hours:.0f} s"
@@ -252,25 +257,34 @@ class Plan:
         "Compute the time for all Runs on `n_devices` devices like this one."
         return makespan(self.table.hours.tolist(), n_devices)
 
-    def as_text(self, n_devices: int = 8, n_rows: int = 16) -> str:
-        "Format the plan for a terminal, with times for 1, 2, 4, … up to `n_devices` devices."
-        shown = self.table.head(n_rows).assign(hours=self.table.hours.map(_format_hours)).rename(columns={"hours": "time"})
-        formats = {"iterations": "{:,}".format, "GMACs": "{:,.3g}".format, "tiles/s": "{:,.3g}".format}
+    def as_text(self, n_devices: int = 8, n_rows: int = 12) -> str:
+        "Format the plan for a terminal of 80 columns, with times for 1, 2, 4, … up to `n_devices` devices."
         more = [f"… and {len(self.table) - n_rows} more"] if len(self.table) > n_rows else []
         n_open = int((self.table.state != "finished").sum())
         counts = sorted({2**k for k in range(n_devices.bit_length())} | {n_devices})
-        spans = [f"{n} devices {_format_hours(self.hours(n))}" for n in counts if n <= max(n_open, 1)]
-        lines = [
-            f"{len(self.table)} Runs, {len(self.table) - n_open} finished; timed on {self.device}, {self.precision}",
-            "", shown.to_string(index=False, formatters=formats), *more,
-            "", "all Runs, the longest first: " + ", ".join(spans).replace("1 devices", "1 device", 1),
-        ]  # fmt: skip
+        spans = [f"{n} device{'s' * (n > 1)} {_format_hours(self.hours(n))}" for n in counts if n <= max(n_open, 1)]
+        lines = [f"{len(self.table)} Runs, {len(self.table) - n_open} finished; timed on {self.device}, {self.precision}", ""]
+        lines += [line for row in self.table.head(n_rows).to_dict("records") for line in _format_row(row)]
+        lines += [*more, "", *_wrap("all Runs, the longest first: " + ", ".join(spans))]
         if n_open:
             need, n_busy = self.table["tiles/s"].max(), min(n_devices, n_open)
-            lines.append(f"the loader must deliver {need:,.3g} tiles/s to each device, {n_busy * need:,.3g} to {n_busy}")
+            lines += _wrap(f"the loader must deliver {need:,.3g} tiles/s to each device, {n_busy * need:,.3g} to {n_busy}")
         if n_open < n_devices:
-            lines.append(f"more devices than Runs ({n_open}) do not help, unless several train one Run (torchrun)")
-        return "\n".join([*lines, *(f"- {note}" for note in self.notes)])
+            lines += _wrap(f"more devices than Runs ({n_open}) do not help, unless several train one Run (torchrun)")
+        return "\n".join([*lines, *(line for note in self.notes for line in _wrap(f"- {note}", 2))])
+
+
+def _wrap(text: str, indent: int = 0) -> list[str]:
+    "Wrap a text to 80 columns; further lines are indented."
+    return textwrap.wrap(text, 80, subsequent_indent=" " * indent, break_on_hyphens=False)
+
+
+def _format_row(row: dict) -> list[str]:
+    "Format a Run of a plan: its time and name, and below them state, cost and tables."
+    speed = f"{row['tiles/s']:,.3g} tiles/s, {row['by']}"
+    details = ["finished"] if row["state"] == "finished" else [row["state"], f"{row['iterations']:,} iterations", speed]
+    text = "; ".join([*details, f"{row['GMACs']:,.3g} GMACs per tile", row["tables"]])
+    return [*_wrap(f"{_format_hours(row['hours']):>8}  {row['run']}", 10), *_wrap(f"{'':10}{text}", 10)]
 
 
 def estimate(
@@ -280,38 +294,38 @@ def estimate(
 ) -> Plan:
     "Return the plan for the Runs of tables: their states, and the time for the unfinished ones. Trains and writes nothing."
     unique = list(dict.fromkeys(run for runs in runs_by_table.values() for run in runs))
-    data = {key: measure_data(run, workspace) for run in unique for key in [(run.data, run.farm)]}
+    data = {source: measure_data(source, workspace) for source in dict.fromkeys(run.source for run in unique)}
     engine, rows, keys = make_engine(workspace.device, workspace.precision), [], []
     for run, name in zip(unique, name_runs(unique), strict=True):
-        extent, missing = data[run.data, run.farm]
+        extent, missing = data[run.source]
         tables = ", ".join(table for table, runs in runs_by_table.items() if run in runs)
         key, folder = (kind_of(run), run.recipe.crop or extent.side), _find_folder(run, workspace, not missing)
-        rows.append({"run": name, "tables": tables, **progress(run, folder), "GMACs": gmacs_of(*key)})
+        rows.append({"run": name, "tables": tables, **_progress(run, folder), "GMACs": gmacs_of(*key)})
         keys.append(key)
     opened = [key for key, row in zip(keys, rows, strict=True) if row["state"] != "finished"]
     paces = _pace_all({key: opened.count(key) for key in opened}, engine, seconds)
     for run, key, row in zip(unique, keys, rows, strict=True):
-        row |= cost(run, key[1], data[run.data, run.farm][0], row, paces.get(key))
+        row |= _cost(run, key[1], data[run.source][0], row, paces.get(key))
     table = pd.DataFrame(rows).sort_values("hours", ascending=False, kind="stable", ignore_index=True)
     missing = dict.fromkeys(text for _, text in data.values() if text)
     return Plan(table, provenance(engine)["device"], engine.precision, (*missing, *_list_notes(unique, engine, list(paces.values()))))
 
 
-def progress(run: Run, folder: Path | None) -> dict:  # state and remaining iterations
+def _progress(run: Run, folder: RunFolder | None) -> dict:  # state and remaining iterations
     "Return the state of a Run and its remaining iterations."
-    if folder is not None and (folder / "scores.json").is_file():
+    if folder is not None and folder.is_finished:
         return {"state": "finished", "iterations": 0}
-    done = saved_iteration(folder) if folder is not None else 0
+    done = folder.saved_iteration() if folder is not None else 0
     return {"state": f"saved at {done:,}" if done else "open", "iterations": run.recipe.iterations - done}
 
 
-def cost(run: Run, side: int, extent: DataSize, row: dict, pace: Throughput | None) -> dict:  # new columns of the row
+def _cost(run: Run, side: int, extent: DataSize, row: dict, pace: Throughput | None) -> dict:  # new columns of the row
     "Compute the hours of a Run, and the tiles per second that its loader must deliver, from a pace."
     if row["state"] == "finished" or pace is None:
         return {"hours": 0.0, "tiles/s": 0.0, "by": "–"}
     n_train, n_score = _tiles_left(run, extent.n_val, run.recipe.iterations - row["iterations"])
     seconds = n_train * pace.train + n_score * pace.score * (extent.side / side) ** 2
-    return {"hours": seconds / 3600, "tiles/s": 1 / pace.train, "by": "timing" if pace.n_tiles else "GMACs"}
+    return {"hours": seconds / 3600, "tiles/s": 1 / pace.train, "by": "timed" if pace.n_tiles else "scaled by GMACs"}
 
 
 def _list_notes(runs: Sequence[Run], engine: Engine, paces: Sequence[Throughput]) -> list[str]:
@@ -324,7 +338,7 @@ def _list_notes(runs: Sequence[Run], engine: Engine, paces: Sequence[Throughput]
         names = ", ".join(absent[:3]) + ", …" * (len(absent) > 3)
         notes.append(f"ImageNet weights not downloaded yet, the first run downloads them: {names}")
     if engine.device.type == "cpu":
-        notes.append("no GPU available or requested: times are for this CPU")
+        notes.append("no GPU available or requested: times are for this CPU; runs of days are meant for GPUs")
     elif paces:
         notes.append("timed without torch.compile, which long runs use: they are likely faster")
     if any(not pace.is_full for pace in paces):

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import torch
 
@@ -20,7 +21,7 @@ from ..models.deeplab import DeepLabV3Plus
 from ..training.schedule import RECIPES, Recipe
 
 # %% auto #0
-__all__ = ['SCALES', 'Scale', 'find_scale', 'Run', 'plan_run', 'run_id', 'build_model', 'build_loss']
+__all__ = ['SCALES', 'Scale', 'find_scale', 'Source', 'Run', 'plan_run', 'run_id', 'build_model', 'build_loss']
 
 # %% ../../nbs/60_runs.ipynb #cell-05
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Scale:
     "The size of a reproduction: recipe and synthetic tiles."
 
     recipe: Recipe
-    farm: SyntheticConfig  # the tiles generated for synthetic data
+    synthetic: SyntheticConfig  # the tiles generated for synthetic data
     tuned: Mapping[str, Mapping] = field(default_factory=dict)  # data set → recipe fields tuned on it
 
     def recipe_for(self, data: str) -> Recipe:
@@ -66,14 +67,38 @@ def find_scale(name: str) -> Scale:
         raise ValueError(f"scale is {name!r}: wanted one of {', '.join(SCALES)}")
     return SCALES[name]
 
+# %% ../../nbs/60_runs.ipynb #source01
+@dataclass(frozen=True)
+class Source:
+    "The tiles of a Run: those of an edition, or synthetic ones."
+
+    name: str = "synthetic"  # an edition of `data.EDITIONS`, or `classes:NAME,NAME,…`
+    synthetic: SyntheticConfig | None = None  # the synthetic tiles; None for an edition on disk
+
+    @property
+    def edition(self) -> Edition:
+        return find_edition(self.name)
+
+    def root(
+        self,
+        out: Path,  # folder of all results, where synthetic tiles are written
+        data_root: Path | None,  # folder of the real data
+    ) -> Path:
+        "Return the folder of the tiles, writing them first if they are synthetic."
+        if self.synthetic is not None:
+            name = hashlib.sha256(repr(self.synthetic).encode()).hexdigest()[:8]
+            return write_synthetic(out / "data" / f"farmland-{name}", self.synthetic)
+        if data_root is None:
+            raise ValueError(f"data is {self.name!r}, which is not shipped: name its folder with --data-root (data_root)")
+        return data_root
+
 # %% ../../nbs/60_runs.ipynb #cell-10
 @dataclass(frozen=True)
 class Run:
     "One training run, described by everything that determines its result; two equal Runs are the same training run."
 
     recipe: Recipe
-    data: str = "synthetic"  # an edition of `data.EDITIONS`
-    farm: SyntheticConfig | None = None  # the synthetic tiles; None for real data
+    source: Source = Source()
     channels: str = "rgbn"  # the model's input: a key of `batches.CHANNELS`
     statistics: str = "imagenet"  # for normalizing channels; "dataset": those of the training tiles
     depth: int = 101  # of the ResNet
@@ -92,7 +117,7 @@ class Run:
 
     @property
     def edition(self) -> Edition:
-        return find_edition(self.data)
+        return self.source.edition
 
     @property
     def test_inputs(self) -> tuple[str, ...]:  # keys of `CHANNELS`
@@ -121,8 +146,8 @@ def plan_run(
     if recipe and (recipe not in RECIPES or scale != "paper"):
         raise ValueError(f"recipe is {recipe!r} at scale {scale!r}: wanted one of {', '.join(RECIPES)} at scale 'paper'")
     choices = {"low_level": 3 if recipe.startswith("shipped") else 1} | choices
-    is_synthetic = find_edition(data).name == "synthetic"
-    return Run(RECIPES[recipe] if recipe else chosen.recipe_for(data), data, chosen.farm if is_synthetic else None, **choices)
+    source = Source(data, chosen.synthetic if find_edition(data).name == "synthetic" else None)
+    return Run(RECIPES[recipe] if recipe else chosen.recipe_for(data), source, **choices)
 
 
 def run_id(

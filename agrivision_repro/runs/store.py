@@ -6,24 +6,23 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 import agrivision_repro
-from agrivision_repro.core import ANEW, check_choice, read_json
+from agrivision_repro.core import ANEW, check_choice, read_json, write_json
 from agrivision_repro.data.batches import Statistics
-from agrivision_repro.data.synthetic_files import SyntheticConfig
 from agrivision_repro.models.deeplab import DeepLabV3Plus
-from agrivision_repro.runs.run import Run, build_model
+from agrivision_repro.data.synthetic_files import SyntheticConfig
+from agrivision_repro.runs.run import Run, Source, build_model
 from agrivision_repro.training.checkpoint import read_metadata, read_tensors
 from agrivision_repro.training.engine import Engine
 from agrivision_repro.training.schedule import Recipe
@@ -55,13 +54,141 @@ def provenance(engine: Engine) -> dict:  # plain strings and numbers
     }
 
 
+class OtherVersion(ValueError):
+    "A record has the fields of another version of this package."
+
+
 @contextmanager
-def _refusing(folder: Path) -> Iterator[None]:
+def refusing(folder: RunFolder) -> Iterator[None]:
     "Raise ValueError if a field of a record is missing or malformed."
     try:
         yield
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{folder} is damaged or from another version ({error!r}): {ANEW}") from error
+        raise ValueError(f"{folder} is damaged ({error!r}): {ANEW}") from error
+
+
+def _foreign_fields(
+    described: dict,  # of a Run
+) -> list[str]:
+    "List the fields of a described Run that this version does not have, or else those that it lacks."
+    pairs = {"": (described, Run), "recipe.": (described["recipe"], Recipe)}
+    differ = [(start + name, name in own) for start, (own, kind) in pairs.items() for name in own.keys() ^ {f.name for f in fields(kind)}]
+    return sorted(name for name, is_foreign in differ if is_foreign) or sorted(name for name, _ in differ)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    "The files of a Run."
+
+    path: Path  # `OUT/runs/ID`
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __truediv__(self, name: str) -> Path:
+        "Return the path of a file that another module keeps here."
+        return self.path / name
+
+    @property
+    def name(self) -> str:  # 12 hexadecimal digits
+        "Return the id of the Run."
+        return self.path.name
+
+    @property
+    def record_file(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def scores_file(self) -> Path:  # written last
+        return self.path / "scores.json"
+
+    @property
+    def state(self) -> Path:  # its folder contains all files that only an unfinished Run needs
+        return self.path / "state" / "state.safetensors"
+
+    @property
+    def history(self) -> Path:
+        return self.path / "history.csv"
+
+    @property
+    def tiles(self) -> Path:  # see `Result.tile_counts`
+        return self.path / "tiles.npy"
+
+    @property
+    def lock(self) -> Path:  # held by the process that trains the Run
+        return self.path / ".lock"
+
+    def weights(self, checkpoint: str = "last") -> Path:
+        "Return the path of the last or the best weights."
+        return self.path / CHECKPOINTS[checkpoint]
+
+    def more_scores(self, checkpoint: str, tta: str) -> Path:
+        "Return the path of scores by another checkpoint or augmentation."
+        return self.path / f"scores-{checkpoint}-{tta}.json"
+
+    @property
+    def is_finished(self) -> bool:
+        return self.scores_file.is_file()
+
+    def record(self) -> dict:
+        "Load fields and provenance; raise OtherVersion if another version wrote them."
+        record = read_json(self.record_file)
+        with refusing(self):
+            foreign = _foreign_fields(record["run"])
+        if foreign:
+            remedy = f"{ANEW}, or name another --out"
+            raise OtherVersion(f"{self.record_file} is from another version of agrivision_repro (fields {', '.join(foreign)}): {remedy}")
+        return record
+
+    def scores(self) -> dict:  # "last" and "best" → iteration, scores; empty: not finished
+        "Load the scores of both checkpoints."
+        return read_json(self.scores_file) if self.is_finished else {}
+
+    def write_record(self, record: dict) -> None:
+        write_json(self.record_file, record)
+
+    def write_scores(self, checkpoints: dict) -> None:
+        "Write the scores of both checkpoints, which finishes the Run."
+        write_json(self.scores_file, checkpoints)
+
+    def saved_iteration(self) -> int:
+        "Return the iteration of the saved state; 0 if there is no readable state."
+        with suppress(OSError, SafetensorError, ValueError, KeyError, TypeError):
+            return read_metadata(self.state)["iteration"]
+        return 0
+
+    def progress(self) -> str:
+        "Return the state of the Run, and how far it is."
+        if self.is_finished:
+            return "finished"
+        record = self.record()
+        with refusing(self):
+            state, recipe = record["state"], Recipe(**record["run"]["recipe"])
+        how = "training" if _is_held(self.lock) else "killed" if state == "training" else state
+        return f"{how}, saved at {self.saved_iteration():,} of {recipe.iterations:,}"
+
+    def run(self) -> Run:
+        "Return the Run that the record describes."
+        record = self.record()
+        with refusing(self):
+            described = dict(record["run"])
+            recipe, source = Recipe(**described.pop("recipe")), described.pop("source")
+            synthetic = SyntheticConfig(**source["synthetic"]) if source["synthetic"] else None
+            return Run(recipe, Source(source["name"], synthetic), **described)
+
+    def result(self) -> Result:
+        "Load the finished Run."
+        if not self.is_finished:
+            raise ValueError(f"{self} is not finished: train it to the end first")
+        return Result(self.run(), self, self.record(), self.scores())
+
+
+CHECKPOINTS = {"last": "weights.safetensors", "best": "best.safetensors"}
+
+
+METRIC_NAMES = {
+    "multilabel": "multi-label", "challenge": "challenge", "gated": "challenge, gated", "average_precision": "average precision",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,14 +196,22 @@ class Result:
     "A finished Run."
 
     run: Run
-    folder: Path
-    record: dict = field(compare=False)  # run.json
-    checkpoints: dict = field(compare=False)  # scores.json: "last" and "best" → iteration, scores
+    folder: RunFolder
+    record: dict = field(compare=False)  # fields and provenance
+    checkpoints: dict = field(compare=False)  # "last" and "best" → iteration, scores
 
     @property
     def scores(self) -> dict:  # test input → metric → per_class, mean, background_only
         "Return the scores of the last weights."
         return self.checkpoints["last"]["scores"]
+
+    def score(
+        self,
+        channels: str,  # a test input
+        metric: str = "multilabel",  # a key of `evaluate.METRICS`
+    ) -> float:  # in [0, 1]
+        "Return the mean over classes of a metric, last weights."
+        return self.scores[channels][metric]["mean"]
 
     def tile_counts(
         self,
@@ -101,25 +236,19 @@ class Result:
         check_choice("checkpoint", checkpoint, tuple(CHECKPOINTS))
         run = replace(self.run, recipe=replace(self.run.recipe, pretrained=False))  # the trained weights are loaded below
         model = build_model(run)
-        model.load_state_dict(read_tensors(self.folder / CHECKPOINTS[checkpoint])[0])
+        model.load_state_dict(read_tensors(self.folder.weights(checkpoint))[0])
         return model.eval()
 
 
-CHECKPOINTS = {"last": "weights.safetensors", "best": "best.safetensors"}
-
-
-TILES = "tiles.npy"
-
-
 def read_tiles(
-    folder: Path,
+    folder: RunFolder,
     n_inputs: int,
     n_classes: int,  # background included
 ) -> np.ndarray:  # test input, tile, class, intersection or union: `(inputs, N, C, 2)` int64
     "Load the counts of a Run's validation tiles; raise ValueError if they are missing or damaged."
-    path, remedy = folder / TILES, f"create it with agrivision runs score {folder.name} (--out and --data-root as in training)"
+    path, remedy = folder.tiles, f"create it with agrivision runs score {folder.name} (--out and --data-root as in training)"
     if not path.is_file():
-        raise ValueError(f"{path} is missing, as in Runs that were scored before it was introduced: {remedy}")
+        raise ValueError(f"{path} is missing: {remedy}")
     try:
         counts = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
@@ -146,23 +275,7 @@ def hold(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _progress_of(folder: Path, record: dict) -> str:
-    "Return the state and progress of a Run."
-    if (folder / "scores.json").is_file():
-        return "finished"
-    recipe = Recipe(**record["run"]["recipe"])
-    how = "training" if is_held(folder / ".lock") else "killed" if record["state"] == "training" else record["state"]
-    return f"{how}, saved at {saved_iteration(folder):,} of {recipe.iterations:,}"
-
-
-def saved_iteration(folder: Path) -> int:
-    "Return the iteration of a Run's saved state; 0 if there is no readable state."
-    with suppress(OSError, SafetensorError, ValueError, KeyError, TypeError):
-        return read_metadata(folder / "state" / "state.safetensors")["iteration"]
-    return 0
-
-
-def is_held(path: Path) -> bool:
+def _is_held(path: Path) -> bool:
     "Return True if a process holds a lock."
     try:
         with FileLock(path).acquire(timeout=0):
@@ -171,83 +284,21 @@ def is_held(path: Path) -> bool:
         return True
 
 
-def _format_age(seconds: float) -> str:
-    "Format a time span in its largest unit."
-    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def list_runs(
-    out: Path,  # folder of all results
-) -> pd.DataFrame:  # one row per Run; multi-label mIoU and average precision in %, last weights
-    "List all Runs in a folder."
-    rows = []
-    for path in sorted(Path(out).glob("runs/*/run.json"), key=lambda p: p.stat().st_mtime):
-        with _refusing(path.parent):
-            rows.append(row_of(path))
-    return pd.DataFrame(rows)
-
-
-def row_of(path: Path) -> dict:  # column → value
-    "Return the table row of a `run.json`."
-    record, folder = read_json(path), path.parent
-    scores = read_json(folder / "scores.json")["last"]["scores"] if (folder / "scores.json").is_file() else {}
-
-    def means(metric: str) -> str:
-        return ", ".join(f"{channels} {100 * by_metric[metric]['mean']:.1f}" for channels, by_metric in scores.items()) or "–"
-
-    return {
-        "id": folder.name, "title": record["title"], "data": record["run"]["data"], "state": _progress_of(folder, record),
-        "age": _format_age(time.time() - path.stat().st_mtime), "mIoU, %": means("multilabel"), "AP, %": means("average_precision"),
-        "device": record["device"], "commit": record["commit"][:10] + (" + changes" if record["is_dirty"] else ""),
-    }  # fmt: skip
+def run_folders(
+    out: str | Path,  # folder of all results
+) -> list[RunFolder]:
+    "Return the folders of all Runs, the oldest first."
+    return [RunFolder(path.parent) for path in sorted(Path(out).glob("runs/*/run.json"), key=lambda p: p.stat().st_mtime)]
 
 
 def find_run(
-    out: Path,
+    out: str | Path,  # folder of all results
     start: str,  # of its id
-) -> Path:  # its folder
+) -> RunFolder:
     "Return the folder of a Run by the first digits of its id."
-    found = [path.parent for path in Path(out).glob("runs/*/run.json") if path.parent.name.startswith(start)]
+    folders = run_folders(out)
+    found = [folder for folder in folders if folder.name.startswith(start)]
     if len(found) != 1:
-        known = ", ".join(sorted(path.parent.name for path in Path(out).glob("runs/*/run.json"))) or "none"
+        known = ", ".join(sorted(folder.name for folder in folders)) or "none"
         raise ValueError(f"{len(found)} Runs in {out} begin with {start!r}: wanted one of {known}")
     return found[0]
-
-
-def flatten(content: dict, prefix: str = "") -> dict:  # dotted names → values
-    "Flatten nested dictionaries to one level."
-    flat = {}
-    for name, value in content.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
-def show_run(folder: Path) -> pd.Series:
-    "Return everything recorded about a Run, one name per value."
-    with _refusing(folder):
-        content = read_json(folder / "run.json") | {"progress": _progress_of(folder, read_json(folder / "run.json"))}
-    scores = read_json(folder / "scores.json") if (folder / "scores.json").is_file() else {}
-    return pd.Series(flatten(content | scores), dtype=object)
-
-
-def compare_runs(folders: Sequence[Path]) -> pd.DataFrame:
-    "Return the fields that differ between Runs, and their scores, side by side."
-    table = pd.DataFrame({folder.name: show_run(folder) for folder in folders})
-    differs = table.astype(str).nunique(axis=1) > 1
-    shown = [n for n in table.index if n.startswith(("run.", "device", "precision", "commit", "processes")) or n.endswith(".mean")]
-    return table[differs].loc[lambda t: t.index.isin(shown)]
-
-
-def read_result(folder: Path) -> Result:
-    "Load a finished Run from its folder."
-    if not (folder / "scores.json").is_file():
-        raise ValueError(f"{folder} is not finished: train it to the end first")
-    record = read_json(folder / "run.json")
-    with _refusing(folder):
-        described = dict(record["run"])
-        recipe, farm = Recipe(**described.pop("recipe")), described.pop("farm")
-        run = Run(recipe, farm=SyntheticConfig(**farm) if farm else None, **described)
-    return Result(run, folder, record, read_json(folder / "scores.json"))

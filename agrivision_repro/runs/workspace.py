@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
+import re
 import shutil
 import sys
 import time
@@ -19,15 +19,13 @@ import pandas as pd
 import torch
 from torch.utils.data import Subset
 
-import agrivision_repro
 from agrivision_repro.core import Stopped, check_choice, read_json, replace_file, write_array, write_json
 from agrivision_repro.data.batches import IMAGENET, SAMPLERS, TileDataset, dataset_statistics, rare_class_weights, thin_out
 from agrivision_repro.data.editions import fingerprint
 from agrivision_repro.data.pack import PackedTiles, count_tiles, open_split, pack_split
-from agrivision_repro.data.synthetic_files import SyntheticConfig, write_synthetic
 from agrivision_repro.data.tiles import Tile, Tiles, places_in_both
-from agrivision_repro.runs.run import Run, build_loss, build_model, run_id
-from agrivision_repro.runs.store import CHECKPOINTS, TILES, Result, hold, provenance, read_result
+from agrivision_repro.runs.run import Run, Source, build_loss, build_model, run_id
+from agrivision_repro.runs.store import Result, RunFolder, hold, provenance
 from agrivision_repro.training.checkpoint import read_tensors, save_tensors
 from agrivision_repro.training.engine import Engine, check_device, make_engine
 from agrivision_repro.training.evaluate import TTA, score_tiles
@@ -37,11 +35,12 @@ _PACK_UP_TO = 2e9  # bytes of images; a larger split is packed only by `agrivisi
 
 
 def default_out() -> Path:
-    "Return $AGRIVISION_OUT; if unset, `out/` in the checkout of this package, or in the current folder if there is no checkout."
+    "Return $AGRIVISION_OUT; if unset, `out/` in the checkout that contains the current folder, or else in the current folder."
     if os.environ.get("AGRIVISION_OUT"):
         return Path(os.environ["AGRIVISION_OUT"]).resolve()
-    root = Path(agrivision_repro.__file__).resolve().parent.parent
-    return (root if (root / "settings.ini").is_file() else Path.cwd()) / "out"
+    here = Path.cwd()
+    checkouts = (f for f in (here, *here.parents) if (f / "settings.ini").is_file() and (f / "agrivision_repro").is_dir())
+    return next(checkouts, here) / "out"
 
 
 def _remove_empty(folder: Path) -> None:
@@ -53,7 +52,7 @@ def _remove_empty(folder: Path) -> None:
 
 
 class Workspace:
-    "The folders of results and data, and the device."
+    "The folders of results and data, the device, and how training is saved and tracked."
 
     def __init__(
         self,
@@ -61,41 +60,40 @@ class Workspace:
         data_root: str | Path = "",  # folder of the real data; not needed for synthetic data
         device: str = "auto",  # "auto": a GPU if there is one; "cpu"
         precision: str = "auto",  # "auto": bf16 if the device supports it; "bf16"; "float32"
+        report: str = "",  # folder below `out` for tables, figures and pages; "": `out` itself
+        *,
+        save_every: int = SAVE_EVERY,  # iterations between saved states
+        trackers: Sequence = (),  # Accelerate's, as names or objects; they write to `out/trackers`
     ):
         self.out = Path(out).expanduser().resolve() if out else default_out()
         self.data_root = Path(data_root).expanduser().resolve() if data_root else None
         check_device(device, precision)
-        self.device, self.precision = device, precision
-        self.trackers: Sequence = ()  # Accelerate's, as names or objects; they write to `out/trackers`
-        self.save_every = SAVE_EVERY  # iterations between saved states
+        self.device, self.precision, self.save_every, self.trackers = device, precision, save_every, trackers
+        self.report = self.out / re.sub(r"[^\w.-]+", "-", report)  # `classes:road,roof` names a folder, too
         for name in ("open", "counts", "identify"):
             setattr(self, name, lru_cache(getattr(self, name)))  # once per workspace
 
-    def places(self) -> dict[str, str]:
-        "Return the arguments that make an equal workspace in another process or a notebook."
-        return {"out": str(self.out), "data_root": str(self.data_root or ""), "device": self.device, "precision": self.precision}
+    def as_kwargs(self) -> dict:
+        "Return the arguments that make an equal workspace, but for trackers, in another process or a notebook."
+        folders = {"out": str(self.out), "data_root": str(self.data_root or ""), "report": str(self.report.relative_to(self.out))}
+        return folders | {"device": self.device, "precision": self.precision, "save_every": self.save_every}
 
     @property
     def on_gpu(self) -> bool:
         "Return True if models are trained on a GPU."
         return self.device == "auto" and torch.accelerator.is_available()
 
-    def root(self, data: str, farm: SyntheticConfig | None) -> Path:
-        "Return the folder of a data set, writing it first if it is synthetic."
-        if farm is not None:
-            name = hashlib.sha256(repr(farm).encode()).hexdigest()[:8]
-            return write_synthetic(self.out / "data" / f"farmland-{name}", farm)
-        if self.data_root is None:
-            raise ValueError(f"data is {data!r}, which is not shipped: name its folder with --data-root (data_root)")
-        return self.data_root
+    def root(self, source: Source) -> Path:
+        "Return the folder of a source's tiles, writing them first if they are synthetic."
+        return source.root(self.out, self.data_root)
 
-    def identify(self, data: str, farm: SyntheticConfig | None) -> str:
+    def identify(self, source: Source) -> str:
         "Compute the fingerprint of the splits used for training and scoring."
-        return fingerprint([open_split(data, self.root(data, farm), split) for split in ("train", "val")])
+        return fingerprint([open_split(source.name, self.root(source), split) for split in ("train", "val")])
 
-    def open(self, data: str, farm: SyntheticConfig | None, split: str) -> Tiles | PackedTiles:
+    def open(self, source: Source, split: str) -> Tiles | PackedTiles:
         "Open a split from its pack; a small split without a pack is packed into the results folder."
-        tiles = open_split(data, self.root(data, farm), split)
+        tiles = open_split(source.name, self.root(source), split)
         if isinstance(tiles, PackedTiles) or len(tiles) * tiles[0].image.nbytes > _PACK_UP_TO:
             return tiles
         folder = self.out / "data" / f"packed-{fingerprint([tiles])}"
@@ -108,20 +106,20 @@ class Workspace:
     def tiles(self, run: Run, split: str) -> Sequence[Tile]:
         "Return the tiles that a Run is trained on (`train`) or scored on (`val`)."
         limit = run.recipe.max_val_tiles if split == "val" else 0
-        return cast(Sequence[Tile], Subset(self.open(run.data, run.farm, split), thin_out(self.kept(run, split), limit)))  # type: ignore[arg-type]
+        return cast(Sequence[Tile], Subset(self.open(run.source, split), thin_out(self.kept(run, split), limit)))  # type: ignore[arg-type]
 
     def left_out(self, run: Run) -> list[str]:
         "List the tiles that a Run leaves out because train and val both show their places."
         check_choice("shared_places", run.shared_places, ("val", "train", "keep"))
         if run.shared_places == "keep":
             return []
-        train, val = (self.open(run.data, run.farm, split) for split in ("train", "val"))
+        train, val = (self.open(run.source, split) for split in ("train", "val"))
         tiles, shared = {"train": train, "val": val}[run.shared_places], places_in_both(train, val)
         return [name for name, place in zip(tiles.names, tiles.fields, strict=True) if place in shared]
 
     def kept(self, run: Run, split: str) -> list[int]:
         "List the positions of the tiles of a split that a Run uses."
-        names, left_out = self.open(run.data, run.farm, split).names, set(self.left_out(run)) if split == run.shared_places else set()
+        names, left_out = self.open(run.source, split).names, set(self.left_out(run)) if split == run.shared_places else set()
         if left_out.issuperset(names):
             other = {"val": "train", "train": "val"}[split]
             raise ValueError(f"all {len(names)} tiles of {split} show places of {other}: set shared_places={other!r}, or split by place")
@@ -129,47 +127,45 @@ class Workspace:
 
     def fields(self, run: Run) -> list[str]:
         "List the place of each tile that a Run is scored on; the tile itself if its name does not identify a place."
-        fields = self.open(run.data, run.farm, "val").fields
+        fields = self.open(run.source, "val").fields
         return [fields[k] for k in thin_out(self.kept(run, "val"), run.recipe.max_val_tiles)]
 
     def feed(self, run: Run, split: str, channels: str = "") -> TileDataset:
         "Return the tiles with everything that determines the model's input; `channels` replaces the Run's for testing."
         check_choice("statistics", run.statistics, ("imagenet", "dataset"))
         check_choice("sampler", run.recipe.sampler, SAMPLERS)
-        own = dataset_statistics(self.counts(run.data, run.farm)) if run.statistics == "dataset" else IMAGENET
+        own = dataset_statistics(self.counts(run.source)) if run.statistics == "dataset" else IMAGENET
         is_rare = run.recipe.sampler == "rare" and split == "train"
-        weights = rare_class_weights(self.counts(run.data, run.farm))[self.kept(run, split)] if is_rare else None
+        weights = rare_class_weights(self.counts(run.source))[self.kept(run, split)] if is_rare else None
         return TileDataset(self.tiles(run, split), channels or run.channels, len(run.edition.classes), own, weights)
 
-    def counts(self, data: str, farm: SyntheticConfig | None) -> pd.DataFrame:  # of `count_table`
+    def counts(self, source: Source) -> pd.DataFrame:  # of `count_table`
         "Return the counts of the training tiles."
-        return count_tiles(self.open(data, farm, "train"), shows_progress=True)
+        return count_tiles(self.open(source, "train"), shows_progress=True)
 
-    def folder(self, run: Run) -> Path:
+    def folder(self, run: Run) -> RunFolder:
         "Return the folder of a Run."
-        return self.out / "runs" / run_id(run, self.identify(run.data, run.farm))
+        return RunFolder(self.out / "runs" / run_id(run, self.identify(run.source)))
 
     def finished(self, run: Run) -> Result | None:
         "Load a finished Run; return None if it is not finished."
         folder = self.folder(run)
-        if not (folder / "scores.json").is_file():
-            return None
-        return Result(run, folder, read_json(folder / "run.json"), read_json(folder / "scores.json"))
+        return Result(run, folder, folder.record(), folder.scores()) if folder.is_finished else None
 
     def result(self, run: Run, title: str = "") -> Result:
         "Return a finished Run, training it first if needed; if two processes request it at once, one trains and the other waits."
         if self.finished(run) is None:
             self.feed(run, "train"), self.feed(run, "val")  # detect a damaged file before anything is written
             folder, engine = self.folder(run), make_engine(self.device, self.precision, self.trackers, self.out / "trackers")
-            folder.mkdir(parents=True, exist_ok=True)
-            with hold(folder / ".lock") if engine.accelerator.is_main_process else nullcontext():
+            folder.path.mkdir(parents=True, exist_ok=True)
+            with hold(folder.lock) if engine.accelerator.is_main_process else nullcontext():
                 engine.accelerator.wait_for_everyone()
                 if self.finished(run) is None:
                     _train_run(run, self, engine, folder, title or run.title)
                 engine.accelerator.wait_for_everyone()
         result = self.finished(run)
         if result is None:
-            raise FileNotFoundError(f"{self.folder(run)} has no scores.json after training: train it again")
+            raise FileNotFoundError(f"{self.folder(run)} has no scores after training: train it again")
         return result
 
     def results(self, runs: Sequence[Run]) -> list[Result]:
@@ -179,7 +175,7 @@ class Workspace:
         return [done[run] for run in runs]
 
 
-def _train_run(run: Run, workspace: Workspace, engine: Engine, folder: Path, title: str) -> None:
+def _train_run(run: Run, workspace: Workspace, engine: Engine, folder: RunFolder, title: str) -> None:
     "Train and score a Run and complete its folder; if it fails or is stopped, note that in its record."
     accelerator, began = engine.accelerator, time.monotonic()
     trainer = Trainer(build_model(run), build_loss(run), run.recipe, seed=run.seed, engine=engine, sync_switch=run.sync_switch)
@@ -188,7 +184,7 @@ def _train_run(run: Run, workspace: Workspace, engine: Engine, folder: Path, tit
     def keep(**more: object) -> None:
         if accelerator.is_main_process:
             record.update(more, seconds=round(time.monotonic() - began, 1))
-            write_json(folder / "run.json", record)
+            folder.write_record(record)
 
     keep(state="training")
     if accelerator.is_main_process:
@@ -201,8 +197,8 @@ def _train_run(run: Run, workspace: Workspace, engine: Engine, folder: Path, tit
         raise
     keep(state="finished")
     if accelerator.is_main_process:
-        write_json(folder / "scores.json", checkpoints)
-        shutil.rmtree(folder / "state")
+        folder.write_scores(checkpoints)
+        shutil.rmtree(folder.state.parent)
 
 
 def _score_inputs(
@@ -219,23 +215,23 @@ def _score_inputs(
 def _score_checkpoints(
     trainer: Trainer,  # its model is changed in place
     tests: dict[str, TileDataset],  # test input → tiles
-    folder: Path,
+    folder: RunFolder,
     iterations: dict[str, int],  # checkpoint → its iteration, "last" first
-) -> dict:  # the content of `scores.json`
+) -> dict:  # checkpoint → iteration, scores
     "Score the last and the best weights, and write the contribution of each tile to the scores of the last."
     scores = {}
     for name, iteration in iterations.items():
         if iteration not in scores:  # the last weights may be the best
-            trainer.bare_model.load_state_dict(read_tensors(folder / CHECKPOINTS[name])[0])
+            trainer.bare_model.load_state_dict(read_tensors(folder.weights(name))[0])
             scores[iteration], tiles = _score_inputs(trainer.bare_model, tests, trainer.engine)
             if name == "last" and trainer.engine.accelerator.is_main_process:
-                write_array(folder / TILES, tiles)
+                write_array(folder.tiles, tiles)
     return {name: {"iteration": iteration, "scores": scores[iteration]} for name, iteration in iterations.items()}
 
 
-def _train_and_score(run: Run, workspace: Workspace, trainer: Trainer, folder: Path, title: str, keep: Callable) -> dict:
+def _train_and_score(run: Run, workspace: Workspace, trainer: Trainer, folder: RunFolder, title: str, keep: Callable) -> dict:
     "Train to the end, write weights and history, and score the last weights and the best."
-    feed, accelerator, state = workspace.feed(run, "train"), trainer.engine.accelerator, folder / "state" / "state.safetensors"
+    feed, accelerator, state = workspace.feed(run, "train"), trainer.engine.accelerator, folder.state
     tests = {channels: workspace.feed(run, "val", channels) for channels in run.test_inputs}
     if state.exists():
         load_state(trainer, state)
@@ -252,29 +248,29 @@ def _train_and_score(run: Run, workspace: Workspace, trainer: Trainer, folder: P
     iterations = {"last": trainer.iteration, "best": max(trainer.evaluations, key=lambda e: e[1])[0]}
     if accelerator.is_main_process:
         save_state(trainer, state)
-        save_tensors(trainer.bare_model.state_dict(), folder / CHECKPOINTS["last"], iteration=iterations["last"])
-        replace_file(folder / CHECKPOINTS["best"], lambda p: shutil.copyfile(state.with_name("best.safetensors"), p))
-        replace_file(folder / "history.csv", history_table(trainer).to_csv)
+        save_tensors(trainer.bare_model.state_dict(), folder.weights("last"), iteration=iterations["last"])
+        replace_file(folder.weights("best"), lambda p: shutil.copyfile(state.with_name("best.safetensors"), p))
+        replace_file(folder.history, history_table(trainer).to_csv)
     keep(evaluations=trainer.evaluations)
     accelerator.wait_for_everyone()
     return _score_checkpoints(trainer, tests, folder, iterations)
 
 
 def score_again(
-    folder: Path,  # of a finished Run
+    folder: RunFolder,  # of a finished Run
     workspace: Workspace,
     checkpoint: str = "last",  # or "best"
     tta: str = "none",  # a key of `training.TTA`
 ) -> dict:  # test input → metric → per_class, mean, background_only
     "Score weights with another checkpoint or augmentation; save the scores, and the counts of the tiles if missing, in the folder."
-    result, path = read_result(folder), folder / f"scores-{checkpoint}-{tta}.json"
+    result, path = folder.result(), folder.more_scores(checkpoint, tta)
     check_choice("tta", tta, tuple(TTA))
-    lacks_tiles = (checkpoint, tta) == ("last", "none") and not (folder / TILES).is_file()
+    lacks_tiles = (checkpoint, tta) == ("last", "none") and not folder.tiles.is_file()
     if lacks_tiles or not path.is_file():
         model, engine = result.model(checkpoint), make_engine(workspace.device, workspace.precision)
         tests = {channels: workspace.feed(result.run, "val", channels) for channels in result.run.test_inputs}
         scores, tiles = _score_inputs(model.to(engine.device), tests, engine, tta)
         if lacks_tiles:
-            write_array(folder / TILES, tiles)
+            write_array(folder.tiles, tiles)
         write_json(path, scores)
     return read_json(path)

@@ -26,6 +26,7 @@ from agrivision_repro.analysis.significance import (
     log_ratio,
     paired_effect,
 )
+from ..report.render import LEARNS_FROM
 from ..runs.store import Result
 from ..runs.workspace import Workspace
 from .figures import NETS, divergence_and_score, figure2_scores, switch_weights
@@ -213,7 +214,7 @@ def judge_claims(
 ) -> pd.DataFrame:  # a row per claim: key, where, sentence, printed, those of `Finding`, holm: the verdict after Holm's adjustment
     "Judge every claim."
     evidence, rows = Evidence(results, workspace), {}
-    too_short = results[0].run.recipe.iterations < 100  # too few to learn anything
+    too_short = results[0].run.recipe.iterations < LEARNS_FROM
     for claim in CLAIMS:
         found = Finding(BEYOND[claim.key], UNTESTED) if claim.key in BEYOND else JUDGES[claim.key](evidence)
         found = found._replace(verdict=UNTESTED) if too_short else found
@@ -233,7 +234,7 @@ def claims_table(
     run = results[0].run
     is_papers = run.edition.is_papers and run.recipe == Recipe()
     titles = {"table1": "Table 1", "table2": "Table 2", "table3": "Table 3", "fig2": "Figure 2"}
-    links = [f"[{titles[t.split('_')[0]]}](index.html#{t})" if t else "–" for t in judged.table]
+    links = [f"[{titles[t.split('_')[0]]}](../index.html#{t})" if t else "–" for t in judged.table]
     verdicts = [f"**{v}**" if v in (AGREES, DISAGREES) else v for v in judged.verdict]
     return pd.DataFrame({
         "claim": [f"“{sentence}”" for sentence in judged.sentence],

@@ -21,9 +21,9 @@ from ..plots import CLASS_COLORS, draw_panel
 from ..report.render import format_score, spread
 from ..runs.plan import PAPERS_DATA, gmacs_of, kind_of
 from ..runs.run import Run, build_model
-from ..runs.store import Result
+from ..runs.store import METRIC_NAMES, Result
 from ..runs.workspace import Workspace
-from .modality import METRIC, predict_labels, format_paper
+from .modality import predict_labels, format_paper
 from .paper import CLASSES
 from ..training.evaluate import METRICS
 
@@ -99,7 +99,7 @@ def class_table(
         paper = own[own["class"] == "mean"].set_index("row").paper
         text["Paper: mean IoU"] = [format_paper(v) for v in paper]
         text["Gap"] = [f"{v:+.1f}" if is_papers and v == v else "–" for v in means["mean"] - paper]
-        tables[METRIC[metric]] = text.rename_axis(index=None, columns=None)
+        tables[METRIC_NAMES[metric]] = text.rename_axis(index=None, columns=None)
     return pd.concat(tables)
 
 # %% ../../nbs/71_class_tables.ipynb #cell-12

@@ -192,7 +192,7 @@ def divergence_and_score(
     for r in results:
         other = next(m for m in MODALITIES if m != r.run.channels)
         for column, tested in (("own", r.run.channels), ("other", other)):
-            table.loc[(r.run.channels, r.run.norm, r.run.seed), column] = 100 * r.scores[tested]["multilabel"]["mean"]
+            table.loc[(r.run.channels, r.run.norm, r.run.seed), column] = 100 * r.score(tested)
     return table.reset_index()
 
 

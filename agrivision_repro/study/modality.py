@@ -14,7 +14,7 @@ from agrivision_repro.data.batches import IMAGENET, Statistics, select_channels,
 from agrivision_repro.data.tiles import Tile, as_panels, pack_labels, paint_labels, unpack_labels
 from agrivision_repro.plots import show_panels
 from agrivision_repro.report.render import format_score, spread
-from agrivision_repro.runs.store import Result
+from agrivision_repro.runs.store import METRIC_NAMES, Result
 from agrivision_repro.runs.workspace import Workspace
 from agrivision_repro.study.paper import TABLE1
 from agrivision_repro.training.evaluate import METRICS
@@ -27,21 +27,16 @@ def modality_scores(
     rows = []
     for metric in METRICS:
         for trained in TABLE1:
-            own = [r.scores for r in results if r.run.channels == trained]
+            own = [r for r in results if r.run.channels == trained]
             for tested in TABLE1.index:
-                values = [100 * s[tested][metric]["mean"] for s in own]
-                background = 100 * own[0][tested][metric]["background_only"]
+                values = [100 * r.score(tested, metric) for r in own]
+                background = 100 * own[0].scores[tested][metric]["background_only"]
                 paper = TABLE1.loc[tested, trained] if metric == "multilabel" else np.nan
                 rows.append((metric, trained, tested, np.mean(values), spread(values), len(values), background, paper))
     return pd.DataFrame(rows, columns=["metric", "trained_on", "tested_on", "mean", "sd", "n", "background_only", "paper"])
 
 
 MODALITY = {"rgb": "RGB", "nir3": "NIR"}
-
-
-METRIC = {
-    "multilabel": "multi-label", "challenge": "challenge", "gated": "challenge, gated", "average_precision": "average precision",
-}  # fmt: skip
 
 
 def modality_table(
@@ -53,7 +48,7 @@ def modality_table(
         own = scores[scores.trained_on == trained].set_index(["metric", "tested_on"])
         here, papers = {}, {}
         for metric in scores.metric.unique():
-            title, cells = METRIC[metric], own.loc[metric]
+            title, cells = METRIC_NAMES[metric], own.loc[metric]
             other = next(m for m in MODALITY if m != trained)
             for tested in MODALITY:
                 here[title, f"Test on {MODALITY[tested]}"] = format_score(cells.loc[tested, "mean"], cells.loc[tested, "sd"])

@@ -31,11 +31,19 @@ def table1(
 _MAX_SEED = 2**63  # torch.manual_seed accepts no larger seed
 
 
-def check_seeds(seeds: Sequence[int]) -> list[int]:
-    "Check that there is at least one seed, and that all are different non-negative integers; raise ValueError if not."
+def check_seeds(
+    seeds: Sequence[int] | int | str,  # a list, one number, or numbers separated by commas, as on a command line
+) -> list[int]:
+    "Return seeds as a list; raise ValueError unless there is at least one and all are different non-negative integers."
+    try:
+        if isinstance(seeds, str):
+            seeds = [int(word) for word in seeds.strip("[]").split(",")]
+    except ValueError as error:
+        raise ValueError(f"seeds are {seeds!r}: wanted whole numbers separated by commas, like 0,1,2") from error
+    seeds = [seeds] if isinstance(seeds, int) else list(seeds)
     if not seeds or any(not isinstance(s, int) or not 0 <= s < _MAX_SEED for s in seeds) or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds are {list(seeds)}: wanted at least one, all different integers from 0 to 2^63 - 1")
-    return list(seeds)
+        raise ValueError(f"seeds are {seeds}: wanted at least one, all different integers from 0 to 2^63 - 1")
+    return seeds
 
 
 def fig2(

@@ -61,7 +61,7 @@ def test_a_run_keeps_what_its_scores_are_made_of(trained):
         assert (result.tile_counts(channels) == kept[k]).all()
         check_sums(kept[k], scores[channels])
     assert (result.tile_counts() == kept[1]).all() and (kept[0] != kept[1]).any()
-    assert not list(result.folder.glob("*.new"))
+    assert not list(result.folder.path.glob("*.new"))
 
 
 def test_each_tile_is_its_own_score(trained):
@@ -89,7 +89,7 @@ def test_tiles_that_do_not_name_their_field(monkeypatch):
     "Each is drawn by itself."
     run, workspace = plan_run("smoke", "naip-trees"), Workspace()
     monkeypatch.setattr(UrbanTrees, "find_names", lambda self: ["santa_monica_1", "santa_monica_2"] if self.split == "val" else ["chico_1"])
-    monkeypatch.setattr(workspace, "open", lambda _data, _farm, split: UrbanTrees(Path(), split, run.edition.classes))
+    monkeypatch.setattr(workspace, "open", lambda _source, split: UrbanTrees(Path(), split, run.edition.classes))
     assert workspace.fields(run) == ["santa_monica_1", "santa_monica_2"]
 
 
@@ -347,7 +347,7 @@ def test_two_runs_compared(trained):
     workspace, first = trained
     second = workspace.result(replace(first.run, norm="ibn_s"))
     found = paired_bootstrap(first.tile_counts("rgb"), second.tile_counts("rgb"), 500)
-    gap = second.scores["rgb"]["multilabel"]["mean"] - first.scores["rgb"]["multilabel"]["mean"]
+    gap = second.score("rgb") - first.score("rgb")
     assert found.difference == pytest.approx(100 * gap, abs=1e-10)
     assert found.low <= found.difference <= found.high and 0 <= found.share <= 1
     with pytest.raises(ValueError, match=r"500 resamples of 1 group\(s\)"):  # the smoke farm is scored on one field

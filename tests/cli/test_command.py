@@ -67,6 +67,8 @@ REAL = ["--scale", "smoke", "--data", "agrivision-2020", "--data-root"]
         (["--seeds", "1,x"], ["seeds are '1,x'"]),
         (["-p", "lamda2=0"], ["unknown parameter 'lamda2=0'", "lambda2"]),
         (["-p", "lambda2=much"], ["wanted float"]),
+        (["-p", "seeds=0,x"], ["seeds are '0,x'"]),
+        (["-p", "report=elsewhere"], ["unknown parameter 'report=elsewhere'"]),
         (["table7"], ["no table table7", "table1_modality"]),
         (["--device", "tpu"], ["device is 'tpu'"]),
         (["--data", "naip-trees"], ["--data-root"]),

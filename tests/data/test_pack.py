@@ -182,7 +182,7 @@ def test_files_that_changed_after_the_kill(tmp_path):
 
 MEMORY = """
 import resource, sys
-from agrivision_repro.runs.run import plan_run
+from agrivision_repro.runs.run import Source, plan_run
 from agrivision_repro.runs.workspace import Workspace
 from agrivision_repro.training.schedule import Recipe
 from agrivision_repro.data.synthetic_files import SyntheticConfig
@@ -190,7 +190,7 @@ from dataclasses import replace
 farm = SyntheticConfig(size=256, train_fields=int(sys.argv[2]), val_fields=1, test_fields=1)
 n_tiles = 4 * farm.train_fields
 recipe = Recipe(1, 1, 18, lr=0.01, batch_size=4, crop=32, width=1 / 16, pretrained=False)  # the same work for both
-run = replace(plan_run("smoke", "synthetic"), farm=farm, recipe=recipe)
+run = replace(plan_run("smoke", "synthetic"), source=Source("synthetic", farm), recipe=recipe)
 result = Workspace(sys.argv[1], device="cpu").result(run)
 print(result.record["n_train"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

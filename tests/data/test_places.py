@@ -25,7 +25,7 @@ def mixed(tmp_path):
 def test_places_of_training_tiles_are_not_scored(mixed, tmp_path):
     folder, moved = mixed
     workspace, run = Workspace(tmp_path / "out", folder, "cpu"), plan_run("laptop", "agrivision-2020")
-    tiles = workspace.open(run.data, None, "val")
+    tiles = workspace.open(run.source, "val")
     assert workspace.left_out(run) == [moved]
     assert [tile.name for tile in workspace.tiles(run, "val")] == [name for name in tiles.names if name != moved]
     assert workspace.fields(run) == [field_of(tile.name) for tile in workspace.tiles(run, "val")]
@@ -41,7 +41,7 @@ def test_training_tiles_left_out_instead(mixed, tmp_path):
     trained = [tile.name for tile in workspace.tiles(run, "train")]
     assert moved in [tile.name for tile in workspace.tiles(run, "val")]
     assert field_of(moved) not in map(field_of, trained)
-    assert sorted(trained + workspace.left_out(run)) == workspace.open(run.data, None, "train").names
+    assert sorted(trained + workspace.left_out(run)) == workspace.open(run.source, "train").names
     with pytest.raises(ValueError, match="shared_places is 'both': wanted one of val, train, keep"):
         workspace.left_out(replace(run, shared_places="both"))
 

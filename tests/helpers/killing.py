@@ -25,9 +25,7 @@ def small_run():
 def attempt(out: Path) -> None:
     "Train in this process to the end, or until killed."
     torch.set_num_threads(1)
-    workspace = Workspace(out, device="cpu")
-    workspace.save_every = 3
-    workspace.result(small_run())
+    Workspace(out, device="cpu", save_every=3).result(small_run())
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def predictor(result):
 
 @pytest.fixture(scope="module")
 def test_set(workspace, result):
-    (found,) = workspace.root("synthetic", result.run.farm).glob("**/test")
+    (found,) = workspace.root(result.run.source).glob("**/test")
     return found
 
 
@@ -324,7 +324,7 @@ def test_without_rasterio_the_place_is_dropped_with_a_word(predictor, tmp_path, 
     path = write_tiff(tmp_path / "field.tif", noise(4, 40, 40), extratags=tags)
     predict_scene(Scene("field", path), predictor, tmp_path / "maps", CHALLENGE_CLASSES, 32)
     said = capsys.readouterr().err
-    assert "georeferencing is dropped, rasterio is not installed (pip install 'agrivision_repro[geo]' keeps it)" in said
+    assert "georeferencing is dropped, rasterio is not installed (pip install '.[geo]' in the checkout" in said
     assert not (tmp_path / "maps/georeferenced").exists() and (tmp_path / "maps/labels/field.png").is_file()
 
 
@@ -336,7 +336,8 @@ def mistake(monkeypatch, capsys, result, tmp_path):
     "Run the command in this process: it must fail with one line that says `contains`, and write nothing."
 
     def run(*words, contains):
-        words = [result.folder.name, *words, "-o", tmp_path / "maps", "--out-of-trainings", result.folder.parents[1], "--device", "cpu"]
+        words = [result.folder.name, *words, "-o", tmp_path / "maps", "--device", "cpu"]
+        words += ["--out-of-trainings", result.folder.path.parents[1]]
         monkeypatch.setattr(sys, "argv", ["agrivision", "predict", *map(str, words)])
         with pytest.raises(SystemExit) as stop:
             main()
@@ -416,7 +417,7 @@ def run_command(monkeypatch, *words) -> int:
 def test_the_command_and_its_submission(monkeypatch, capsys, result, test_set, tmp_path, predictor):
     words = [
         "--out-of-trainings",
-        result.folder.parents[1],
+        result.folder.path.parents[1],
         "--device",
         "cpu",
         "--precision",
@@ -441,10 +442,10 @@ def test_the_command_and_its_submission(monkeypatch, capsys, result, test_set, t
     assert sorted(p.name for p in (tmp_path / "zip").iterdir()) == ["upload.zip"]
     check = ["submission", "check", tmp_path / "zip/upload.zip"]
     assert run_command(monkeypatch, *check, "--data-root", test_set.parent, "--data", "synthetic") == 0
-    assert "nothing wrong" in capsys.readouterr().out
+    assert "all rules of the challenge met" in capsys.readouterr().out
     assert run_command(monkeypatch, *check) == 1  # without the data a tile has 512×512 pixels
     said = capsys.readouterr().out
-    assert said.count("wrong size: ") == 4 and "is 64×64 pixels, wanted 512×512" in said and "4 wrong" in said
+    assert said.count("wrong size: ") == 4 and "is 64×64 pixels, wanted 512×512" in said and "4 faults, listed above" in said
     assert run_command(monkeypatch, "submission", "check", tmp_path / "none.zip") == 2
 
 

@@ -73,15 +73,17 @@ def test_papermill_with_an_unknown_parameter_fails(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_results_land_in_one_place_from_any_folder(tmp_path):
-    "JupyterLab starts a notebook in its own folder, papermill in the caller's: the default does not depend on it."
+def test_results_go_to_the_checkout_of_the_current_folder(tmp_path):
+    "JupyterLab starts a notebook in its own folder, papermill in the caller's; outside of a checkout, the current folder is used."
     script = "from agrivision_repro.runs.workspace import default_out; print(default_out())"
     environment = {k: v for k, v in os.environ.items() if k != "AGRIVISION_OUT"}
-    places = {
-        subprocess.run([sys.executable, "-c", script], cwd=cwd, env=environment, capture_output=True, text=True, check=True).stdout
-        for cwd in (ROOT, ROOT / "nbs" / "tables", tmp_path)
-    }
-    assert places == {f"{ROOT / 'out'}\n"}
+    other = tmp_path / "other" / "nbs"
+    for folder in (other, tmp_path / "other" / "agrivision_repro"):
+        folder.mkdir(parents=True)
+    (tmp_path / "other" / "settings.ini").write_text("")
+    for cwd, root in ((ROOT, ROOT), (ROOT / "nbs" / "tables", ROOT), (other, other.parent), (tmp_path, tmp_path)):
+        done = subprocess.run([sys.executable, "-c", script], cwd=cwd, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout == f"{root / 'out'}\n"
 
 
 @pytest.mark.parametrize("path", MODULES + TABLE_NOTEBOOKS + HOWTO_NOTEBOOKS, ids=stem)

@@ -14,16 +14,18 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import papermill
 import psutil
 import pytest
 
-from agrivision_repro.runs.local import train_here
+from agrivision_repro.cli.reproduce import _warn_of_replacing
+from agrivision_repro.runs.launch import launch
 from agrivision_repro.runs.run import plan_run
-from agrivision_repro.runs.store import saved_iteration
+from agrivision_repro.runs.store import RunFolder
 from agrivision_repro.runs.workspace import Workspace
 from agrivision_repro.study.claims import JUDGES, UNTESTED
 from agrivision_repro.study.paper import CLAIMS, TABLE2, TABLE3
-from agrivision_repro.study.tables import TABLES, all_runs, table1
+from agrivision_repro.study.tables import TABLES, all_runs, table1, table_notebook
 from agrivision_repro.training.evaluate import METRICS
 
 BIN = Path(sys.executable).parent
@@ -94,11 +96,18 @@ class Cells(HTMLParser):
 
 def test_23_trainings_serve_eight_notebooks(out):
     assert len(list(out.glob("runs/*/scores.json"))) == len(all_runs()) == 23
-    assert all((out / f"{name}.html").is_file() for name in TABLES)
+    assert all((out / "notebooks" / f"{name}.html").is_file() for name in TABLES)
+
+
+def test_the_folder_is_sorted(out):
+    assert {path.name for path in out.iterdir()} == {"data", "figures", "index.html", "notebooks", "runs", "tables"}
+    endings = {"tables": {".csv", ".md", ".tex", ".html"}, "figures": {".png", ".pdf"}, "notebooks": {".ipynb", ".html"}}
+    for folder, wanted in endings.items():
+        assert {path.suffix for path in (out / folder).iterdir()} == wanted
 
 
 def test_table_1(out):
-    table = pd.read_csv(out / "table1_modality.csv").set_index(["metric", "trained_on", "tested_on"])
+    table = pd.read_csv(out / "tables" / "table1_modality.csv").set_index(["metric", "trained_on", "tested_on"])
     for (metric, trained, tested), row in table.iterrows():
         own = scores_of(out, channels=trained, norm="bn", lovasz=1.0)
         assert row["mean"] == pytest.approx(100 * own[tested][metric]["mean"], abs=1e-9)
@@ -107,7 +116,7 @@ def test_table_1(out):
 
 @pytest.mark.parametrize("name", ["table2_backbones", "table3_losses"])
 def test_tables_2_and_3(out, name):
-    table = pd.read_csv(out / f"{name}.csv")
+    table = pd.read_csv(out / "tables" / f"{name}.csv")
     assert set(table.metric) == set(METRICS) and table["class"].nunique() == 8
     for (metric, row), cells in table.groupby(["metric", "row"]):
         fields = {"channels": "rgbn", "dice": 1.0, "lovasz": 0.0, "depth": int(re.search(r"\d+", row)[0]) if "Net" in row else 101}
@@ -124,22 +133,22 @@ def test_tables_2_and_3(out, name):
 
 def test_the_papers_numbers_stand_in_their_own_columns(out):
     for name, paper, rows in (("table2_backbones", TABLE2, 8), ("table3_losses", TABLE3, 4)):
-        means = pd.read_csv(out / f"{name}.csv").query("`class` == 'mean' and metric == 'multilabel'").paper.dropna()
+        means = pd.read_csv(out / "tables" / f"{name}.csv").query("`class` == 'mean' and metric == 'multilabel'").paper.dropna()
         assert means.tolist() == paper["mean"].tolist() and len(means) == rows
-        shown = (out / f"{name}.md").read_text().splitlines()
+        shown = (out / "tables" / f"{name}.md").read_text().splitlines()
         assert shown[0].count("Paper: mean IoU") == 1 and all("| – |" in line[-6:] for line in shown[2:])  # no gap: not its data
 
 
 def test_tile_counts_add_up_to_the_scores(out):
     "The paired differences rest on the same pixels as the table."
-    found = pd.read_csv(out / "table3_losses-differences.csv").iloc[0]
-    means = pd.read_csv(out / "table3_losses.csv").query("`class` == 'mean' and metric == 'multilabel'").set_index("row")["mean"]
+    found = pd.read_csv(out / "tables" / "table3_losses-differences.csv").iloc[0]
+    means = pd.read_csv(out / "tables" / "table3_losses.csv").query("`class` == 'mean' and metric == 'multilabel'").set_index("row")["mean"]
     assert found.difference == pytest.approx(means[found["of"]] - means[found["against"]], abs=1e-9)
     assert found.low <= found.difference <= found.high
 
 
 def test_every_claim_has_a_verdict(out):
-    judged = pd.read_csv(out / "claims.csv")
+    judged = pd.read_csv(out / "tables" / "claims.csv")
     assert judged.key.tolist() == [claim.key for claim in CLAIMS]
     assert set(judged.verdict) == {UNTESTED}  # in ten iterations nothing is learned
     assert judged.set_index("key").loc[list(JUDGES), "measured"].str.contains(r"\d").all()
@@ -148,7 +157,7 @@ def test_every_claim_has_a_verdict(out):
 def test_every_number_of_the_report_is_in_its_files(out):
     "What index.html shows is what the notebooks left, cell by cell."
     page = Cells((out / "index.html").read_text())
-    for path in out.glob("*.table.html"):
+    for path in out.glob("tables/*.html"):
         own = Cells(path.read_text())
         assert own.cells and set(own.cells) <= set(page.cells)
         assert all(scope in ("row", "col") for tag, scope in own.scopes if tag == "th")
@@ -156,28 +165,29 @@ def test_every_number_of_the_report_is_in_its_files(out):
 
 
 def test_links_lead_somewhere(out):
-    for path in [out / "index.html", out / "claims.html"]:
+    for path in [out / "index.html", out / "tables" / "claims.html", out / "notebooks" / "claims.html"]:
         for link in Cells(path.read_text()).links:
             file, _, anchor = link.partition("#")
-            target = out / file if file else path
-            if link.startswith("http") or (path.name == "claims.html" and not file):
+            if link.startswith("http") or (path.parent.name == "notebooks" and not file):
                 continue
+            target = path.parent / file if file else path
             assert target.is_file(), link
-            assert not anchor or file.startswith("index") is False or anchor in Cells(target.read_text()).ids, link
+            assert not anchor or target.name != "index.html" or anchor in Cells(target.read_text()).ids, link
+    assert "#table2_backbones" in Cells((out / "index.html").read_text()).links
+    assert "../index.html#table2_backbones" in Cells((out / "notebooks" / "claims.html").read_text()).links
 
 
 def test_pages_load_nothing(out):
-    for page in out.glob("*.html"):
+    for page in [out / "index.html", *out.glob("notebooks/*.html")]:
         text = page.read_text()
         assert "<script" not in text and 'src="http' not in text and "@import" not in text
 
 
 def test_tables_and_pictures_in_all_formats(out):
-    for path in out.glob("*.table.html"):
-        name = path.name.removesuffix(".table.html")
-        assert all((out / f"{name}.{ending}").stat().st_size for ending in ("csv", "md", "tex"))
-        assert r"\toprule" in (out / f"{name}.tex").read_text()
-    assert all(path.with_suffix(".pdf").read_bytes().startswith(b"%PDF") for path in out.glob("*.png"))
+    for path in out.glob("tables/*.html"):
+        assert all(path.with_suffix(f".{ending}").stat().st_size for ending in ("csv", "md", "tex"))
+        assert r"\toprule" in path.with_suffix(".tex").read_text()
+    assert all(path.with_suffix(".pdf").read_bytes().startswith(b"%PDF") for path in out.glob("figures/*.png"))
 
 
 # --- a wrong number is seen, a failure stays where it is, nothing is done twice
@@ -189,12 +199,12 @@ def test_a_planted_score_is_seen(copy):
     scores = json.loads((path.parent / "scores.json").read_text())
     scores["last"]["scores"]["rgbn"]["multilabel"]["mean"] = 0.98765
     (path.parent / "scores.json").write_text(json.dumps(scores))
-    before = {p.name: p.stat().st_mtime_ns for p in copy.glob("*.ipynb")}
+    before = {p.name: p.stat().st_mtime_ns for p in copy.glob("notebooks/*.ipynb")}
     assert agrivision(*SMOKE, copy).returncode == 0
     assert "<strong>98.8</strong>" in (copy / "index.html").read_text()
-    changed = {p.stem for p in copy.glob("*.ipynb") if p.stat().st_mtime_ns != before[p.name]}
+    changed = {p.stem for p in copy.glob("notebooks/*.ipynb") if p.stat().st_mtime_ns != before[p.name]}
     assert changed == {"table2_backbones", "claims"}
-    assert "of the other seven" in (copy / "claims.md").read_text()
+    assert "of the other seven" in (copy / "tables" / "claims.md").read_text()
 
 
 def test_a_failing_notebook_loses_no_other(copy):
@@ -214,11 +224,34 @@ def test_a_failing_notebook_loses_no_other(copy):
 
 
 def test_a_deleted_file_is_made_again(copy):
-    (copy / "table3_losses.tex").unlink()
-    before = {p.name: p.stat().st_mtime_ns for p in copy.glob("*.ipynb")}
+    (copy / "tables" / "table3_losses.tex").unlink()
+    before = {p.name: p.stat().st_mtime_ns for p in copy.glob("notebooks/*.ipynb")}
     assert agrivision(*SMOKE, copy).returncode == 0
-    assert (copy / "table3_losses.tex").is_file()
-    assert {p.stem for p in copy.glob("*.ipynb") if p.stat().st_mtime_ns != before[p.name]} == {"table3_losses"}
+    assert (copy / "tables" / "table3_losses.tex").is_file()
+    assert {p.stem for p in copy.glob("notebooks/*.ipynb") if p.stat().st_mtime_ns != before[p.name]} == {"table3_losses"}
+
+
+def test_a_notebook_opened_by_hand_overwrites_nothing(copy):
+    "Its tables and figures go to a folder for its data and scale, and their paths are printed."
+    before = {p: p.read_bytes() for folder in ("tables", "figures", "notebooks") for p in (copy / folder).iterdir()}
+    own = {"out": str(copy), "device": "cpu", "seeds": "0"}  # as `papermill -p seeds 0,1` passes it
+    done = papermill.execute_notebook(
+        str(table_notebook("table1_modality")), str(copy / "by_hand.ipynb"), own, kernel_name="python3", progress_bar=False, cwd=str(copy)
+    )
+    assert before == {p: p.read_bytes() for p in before} and len(list(copy.glob("runs/*"))) == 23
+    printed = "".join(output.get("text", "") for cell in done.cells if cell.cell_type == "code" for output in cell.outputs)
+    assert "table: synthetic-smoke/tables/table1_modality.csv, .md, .tex, .html\n" in printed
+    for name in ("tables/table1_modality.csv", "tables/table1_modality.md"):
+        assert (copy / "synthetic-smoke" / name).read_bytes() == (copy / name).read_bytes()
+    assert (copy / "synthetic-smoke" / "figures" / "table1_modality.png").is_file()
+
+
+def test_a_report_of_another_scale_is_replaced_with_a_line(copy, capsys):
+    _warn_of_replacing({"table1_modality": {"data": "synthetic", "scale": "smoke"}, "fig1_blocks": {}}, copy)
+    assert capsys.readouterr().err == ""
+    _warn_of_replacing({"table1_modality": {"data": "ag-net", "scale": "smoke"}, "fig1_blocks": {}}, copy)
+    said = f"agrivision: the report of synthetic at scale smoke in {copy} is replaced; with another --out, both are kept\n"
+    assert capsys.readouterr().err == said
 
 
 def test_the_papers_scale_without_data_or_gpu(tmp_path, monkeypatch):
@@ -242,7 +275,7 @@ def children(process):
 def test_a_run_that_fails_stops_no_other(tmp_path):
     runs = table1("smoke")
     bad = replace(runs[0], recipe=replace(runs[0].recipe, crop=96))  # larger than the tiles
-    outcome = train_here([bad, *runs], Workspace(tmp_path, device="cpu"))
+    outcome = launch([bad, *runs], Workspace(tmp_path, device="cpu"))
     assert set(outcome.results) == set(runs)
     assert list(outcome.failures) == [bad] and "the crop 96" in outcome.failures[bad]
 
@@ -255,7 +288,7 @@ def test_a_killed_training_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(local, "train_alone", die)
     monkeypatch.setattr(local, "get_context", lambda _: __import__("multiprocessing").get_context("fork"))
-    outcome = train_here(table1("smoke"), Workspace(tmp_path, device="cpu"))
+    outcome = launch(table1("smoke"), Workspace(tmp_path, device="cpu"))
     assert not outcome.results and all("signal 9; too little memory?" in why for why in outcome.failures.values())
 
 
@@ -275,5 +308,5 @@ def test_stopped_trainings_save_their_states(tmp_path, signum):
     assert process.wait(60) == (128 + signum if signum == signal.SIGTERM else -signum)
     gone, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
-    assert len(records) == 2 and all(saved_iteration(path.parent) > 0 for path in records)
-    assert plan_run("laptop", "synthetic").recipe.iterations > max(saved_iteration(path.parent) for path in records)
+    saved = [RunFolder(path.parent).saved_iteration() for path in records]
+    assert len(saved) == 2 and 0 < min(saved) <= max(saved) < plan_run("laptop", "synthetic").recipe.iterations

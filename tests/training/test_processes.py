@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from agrivision_repro.models.backbones import NORMS
-from agrivision_repro.runs.store import list_runs, read_result
+from agrivision_repro.runs.listing import list_runs
+from agrivision_repro.runs.store import run_folders
 from agrivision_repro.runs.workspace import Workspace, score_again
 from agrivision_repro.training.checkpoint import read_tensors
 
@@ -61,8 +62,8 @@ def test_runs_over_two_processes(tmp_path):
     run(*TWO, HELPERS / "sharing.py", tmp_path, "--runs")
     assert list_runs(tmp_path).state.tolist() == ["finished"] * len(NORMS)
     workspace = Workspace(tmp_path, device="cpu", precision="float32")
-    for folder in tmp_path.glob("runs/*"):
-        result = read_result(folder)
+    for folder in run_folders(tmp_path):
+        result = folder.result()
         assert (result.record["processes"], result.record["micro_batches"]) == (2, 2)
         assert score_again(folder, workspace) == result.scores
 

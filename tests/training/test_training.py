@@ -23,8 +23,8 @@ from agrivision_repro.cli.app import main
 from agrivision_repro.core import Stopped
 from agrivision_repro.data.batches import TileDataset
 from agrivision_repro.data.tiles import Tile
+from agrivision_repro.runs.listing import list_runs
 from agrivision_repro.runs.run import plan_run
-from agrivision_repro.runs.store import list_runs
 from agrivision_repro.runs.workspace import Workspace
 from agrivision_repro.training.checkpoint import read_tensors
 from agrivision_repro.training.engine import compile_model, make_engine
@@ -97,8 +97,7 @@ def test_two_processes_want_one_run(tmp_path):
 @pytest.fixture
 def stopped(tmp_path):
     "A small Run that was stopped after its sixth iteration; its workspace, Run and state."
-    run, workspace = plan_run("smoke", "synthetic"), Workspace(tmp_path / "out", device="cpu")
-    workspace.save_every = 3
+    run, options = plan_run("smoke", "synthetic"), {"device": "cpu", "save_every": 3}
 
     class Interrupting(GeneralTracker):
         name, requires_logging_directory = "interrupting", False
@@ -114,11 +113,10 @@ def stopped(tmp_path):
             if step == 6:
                 signal.raise_signal(signal.SIGTERM)
 
-    workspace.trackers = [Interrupting()]
     with pytest.raises(Stopped):
-        workspace.result(run)
-    workspace.trackers = []
-    return workspace, run, workspace.folder(run) / "state" / "state.safetensors"
+        Workspace(tmp_path / "out", trackers=[Interrupting()], **options).result(run)
+    workspace = Workspace(tmp_path / "out", **options)
+    return workspace, run, workspace.folder(run).state
 
 
 class Hostile:
@@ -151,7 +149,7 @@ def test_damaged_or_hostile_state(damage, stopped, tmp_path):
 def test_damaged_weights(stopped):
     workspace, run, _ = stopped
     result = workspace.result(run)
-    path = result.folder / "weights.safetensors"
+    path = result.folder.weights()
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
@@ -224,7 +222,7 @@ def test_the_authors_schedule_at_every_iteration(name, n, schedule):
 
 def test_the_rate_that_the_optimizer_uses(stopped):
     workspace, run, _ = stopped
-    history = np.loadtxt(workspace.result(run).folder / "history.csv", delimiter=",", skiprows=1)
+    history = np.loadtxt(workspace.result(run).folder.history, delimiter=",", skiprows=1)
     np.testing.assert_allclose(history[:, 1], [learning_rate(run.recipe, t) for t in range(10)], rtol=1e-6)
 
 
@@ -263,7 +261,7 @@ def test_micro_batches_are_recorded_and_change_the_training(tmp_path):
     halves = replace(run, recipe=replace(run.recipe, micro_batches=2))
     whole, cut = workspace.result(run), workspace.result(halves)
     assert (whole.record["micro_batches"], cut.record["micro_batches"]) == (1, 2) and whole.folder != cut.folder
-    assert (whole.folder / "history.csv").read_text() != (cut.folder / "history.csv").read_text()
+    assert whole.folder.history.read_text() != cut.folder.history.read_text()
 
 
 class Squared(nn.Module):
