@@ -15,7 +15,7 @@ import torch
 
 from ..data.batches import CHANNELS
 from ..data.editions import Edition, find_edition
-from ..data.synthetic_files import SyntheticConfig
+from ..data.synthetic_files import SyntheticConfig, write_synthetic
 from ..losses import HybridLoss
 from ..models.deeplab import DeepLabV3Plus
 from ..training.schedule import RECIPES, Recipe
