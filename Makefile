@@ -18,7 +18,7 @@ PIP_ARGS  ?=
 VENV      ?= .venv
 BIN       := $(VENV)/bin
 
-.PHONY: test test-lab reproduce notebooks export docs showcase gpu-check bench clean
+.PHONY: test test-lab reproduce notebooks export docs results gpu-check bench clean
 
 $(VENV)/.ready: settings.ini setup.py pyproject.toml constraints.txt tools/make_venv.sh
 	@PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" sh tools/make_venv.sh $(VENV)
@@ -56,11 +56,12 @@ bench: $(VENV)/.ready
 	$(BIN)/python tools/export.py --run benchmarks
 
 # tables and pictures at the top of README.md: Figure 2 and Table 1 with three seeds; AG_NET and NAIP are folders of the open data
-showcase: $(VENV)/.ready
+results: $(VENV)/.ready
+	$(BIN)/agrivision reproduce fig2_divergence --seeds 0,1,2 --data synthetic --out out/synthetic
 	$(BIN)/agrivision reproduce fig2_divergence --seeds 0,1,2 --data naip-trees --data-root "$(NAIP)" --out out/naip-trees
 	$(BIN)/agrivision reproduce fig2_divergence --seeds 0,1,2 --data ag-net --data-root "$(AG_NET)" --out out/ag-net
-	for data in naip-trees ag-net; do \
-	  cp out/$$data/tables/fig2_divergence.csv nbs/showcase/fig2_$$data.csv && cp out/$$data/figures/fig2_divergence.png nbs/showcase/fig2_$$data.png || exit 1; done
+	for data in synthetic naip-trees ag-net; do \
+	  cp out/$$data/tables/fig2_divergence.csv results/fig2_$$data.csv && cp out/$$data/figures/fig2_divergence.png results/fig2_$$data.png || exit 1; done
 	$(BIN)/python tools/export.py --run index
 
 clean:

@@ -15,7 +15,7 @@ from api import BLOB, Module, definitions, list_modules, write_api
 from sphinx.cmd.build import main as run_sphinx
 
 ROOT = Path(__file__).resolve().parents[1]
-NBS = ROOT / "nbs"
+NBS, RESULTS = ROOT / "nbs", ROOT / "results"
 # the sidebar: each caption, and the notebooks of nbs/ under it, sorted by name
 PARTS = {
     "The paper": ["0?_*"],
@@ -52,8 +52,9 @@ def link_outwards(text: str, folder: Path) -> str:
         target = next((p for p in ((folder / match[1]).resolve(), ROOT / match[1]) if p.exists()), None)
         if target is None:
             raise ValueError(f"link to {match[1]} from {folder.relative_to(ROOT)}: no such file")
-        is_page = target.is_relative_to(NBS) and target.suffix in (".ipynb", ".png")
-        return match[1] if is_page else f"{BLOB}/{target.relative_to(ROOT)}"
+        if target.is_relative_to(RESULTS) and target.suffix == ".png":
+            return f"/results/{target.relative_to(RESULTS)}"
+        return match[1] if target.is_relative_to(NBS) and target.suffix in (".ipynb", ".png") else f"{BLOB}/{target.relative_to(ROOT)}"
 
     for name in re.findall(rf"{re.escape(BLOB)}/([\w./-]+\w)", text):
         if not (ROOT / name).exists():
@@ -131,8 +132,8 @@ def stage_site(stage: Path) -> None:
     trees = [toctree(caption, [str(p.relative_to(NBS).with_suffix("")) for p in paths]) for caption, paths in parts.items()]
     stage_notebook(NBS / "index.ipynb", stage, [toctree("Overview", ["map"]), *trees, toctree("API", ["api/index"])])
     (stage / "map.md").write_text(map_page(parts), encoding="utf-8")
-    for picture in NBS.rglob("*.png"):
-        target = stage / picture.relative_to(NBS)
+    for picture in [*NBS.rglob("*.png"), *RESULTS.rglob("*.png")]:
+        target = stage / picture.relative_to(NBS if picture.is_relative_to(NBS) else ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(picture, target)
 

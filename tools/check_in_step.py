@@ -8,7 +8,7 @@ from pathlib import Path
 
 from export import ROOT, export
 
-COPIED = ("nbs", "agrivision_repro", "settings.ini", "pyproject.toml", "README.md")
+COPIED = ("nbs", "agrivision_repro", "results", "settings.ini", "pyproject.toml", "README.md")
 
 
 def list_files(folder: Path) -> set[Path]:

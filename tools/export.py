@@ -49,8 +49,8 @@ def write_readme(root: Path) -> None:
     exporter.register_preprocessor(TagRemovePreprocessor(remove_input_tags={"hide-input"}), enabled=True)
     text, resources = exporter.from_notebook_node(notebook)
     if resources["outputs"]:
-        sys.exit("nbs/index.ipynb shows a picture as an output: show a file of nbs/showcase/ instead")
-    text = text.replace("](showcase/", "](nbs/showcase/")
+        sys.exit("nbs/index.ipynb shows a picture as an output: show a file of results/ instead")
+    text = text.replace("](../", "](")
     text = re.sub(r"\]\((?!https?:|nbs/|#)([\w/]+\.ipynb)\)", r"](nbs/\1)", text)
     text = re.sub(r"[ \t]+\n", "\n", re.sub(r"\n{3,}", "\n\n", text)).strip()
     (root / "README.md").write_text(f"<!-- generated from nbs/index.ipynb: do not edit -->\n\n{text}\n", encoding="utf-8")

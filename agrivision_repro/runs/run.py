@@ -51,7 +51,7 @@ SCALES = {
             recalibrate=64, evaluate_every=500, max_val_tiles=96,
         ),
         SyntheticConfig(size=128, train_fields=80, val_fields=48, test_fields=1),
-        {"synthetic": {"warmup": 100, "constant": 117, "decay": 283, "lr": 0.4, "crop": 96}},
+        {"naip-trees": {"lr": 0.4}, "synthetic": {"warmup": 100, "constant": 117, "decay": 283, "lr": 0.4, "crop": 96}},
     ),
     "workstation": Scale(  # minutes per run on one GPU; not tuned
         Recipe(600, 700, 1_700, lr=0.05, batch_size=16, crop=128, pretrained=False, recalibrate=256, evaluate_every=1_000),
