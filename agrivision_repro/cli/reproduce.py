@@ -46,6 +46,7 @@ def _inputs_hash(
 
     files = [table_notebook(name), *sorted(Path(agrivision_repro.__file__).parent.glob("*.py"))]
     files += [r.folder / kept for r in results for kept in ("scores.json", "run.json")]
+    files += [p for folder in parameters.get("others", ()) if (p := Path(folder) / "claims.csv").is_file()]
     told = {k: v for k, v in parameters.items() if k not in ("out", "data_root")}  # paths do not matter
     content = [json.dumps(told, sort_keys=True).encode(), *(path.read_bytes() for path in files)]
     return hashlib.blake2b(b"".join(content), digest_size=16).hexdigest()
@@ -74,7 +75,7 @@ def _run_notebook(
     fresh, error = out / f"{name}.new.ipynb", ""
     try:
         done = execute_notebook(str(table_notebook(name)), str(fresh), parameters, kernel_name="python3", progress_bar=False, cwd=str(out))
-        files = [p.name for p in [*out.glob(f"{name}.*"), *out.glob(f"{name}-*")] if p.suffix not in (".ipynb", ".html")]
+        files = [p.name for p in [*out.glob(f"{name}.*"), *out.glob(f"{name}[-_]*")] if p.suffix not in (".ipynb", ".html")]
         done.metadata["agrivision_repro"] = {"made_of": origin, "files": sorted(files)}
         fresh.write_text(json.dumps(done, indent=1) + "\n")
     except PapermillExecutionError as failure:

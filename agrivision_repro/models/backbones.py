@@ -31,9 +31,9 @@ from .norms import InstanceBatchNorm2d, SwitchNorm2d
 
 # %% auto #0
 __all__ = ['DEPTHS', 'NORMS', 'FIRST_NORM', 'DILATIONS', 'MULTIGRID', 'TORCHVISION', 'IBN_NET', 'IMAGENET_URLS', 'INPUT',
-           'TIMM_NAMES', 'default_cfgs', 'swap_norms', 'last_activation', 'add_norm_after_addition', 'use_public_name',
-           'use_own_name', 'set_multigrid', 'widen_stem', 'fetch_checkpoint', 'read_tensors', 'LoadReport',
-           'load_matching', 'load_imagenet', 'make_resnet', 'create_backbone', 'spread', 'branch_spreads',
+           'TIMM_NAMES', 'default_cfgs', 'swap_norms', 'backbone_label', 'last_activation', 'add_norm_after_addition',
+           'use_public_name', 'use_own_name', 'set_multigrid', 'widen_stem', 'fetch_checkpoint', 'read_tensors',
+           'LoadReport', 'load_matching', 'load_imagenet', 'make_resnet', 'create_backbone', 'spread', 'branch_spreads',
            'draw_branches', 'make_entry']
 
 # %% ../../nbs/22_backbones.ipynb #cell-05
@@ -56,6 +56,15 @@ def swap_norms(
         for stage, info in zip((resnet.layer1, resnet.layer2), resnet.feature_info[1:], strict=False):
             add_norm_after_addition(stage[-1], info["num_chs"])
     return resnet
+
+# %% ../../nbs/22_backbones.ipynb #label-code
+def backbone_label(
+    depth: int | str,  # "": without the depth, as in Figure 2
+    norm: str,
+) -> str:
+    "Return the paper's name of a backbone; a norm that is not in the paper is a suffix."
+    family = "IBN-Net" if norm.startswith("ibn_") else "ResNet"
+    return f"{family}{depth}" + ("" if norm == "bn" else f"-{norm.removeprefix('ibn_')}")
 
 # %% ../../nbs/22_backbones.ipynb #cell-07
 def last_activation(block: nn.Module) -> str:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
 
 
+LEARNS_FROM = 100  # iterations; shorter runs learn nothing
+
+
 def banner_text(
     results: Sequence[Result],
 ) -> str:  # Markdown
@@ -33,7 +36,11 @@ def banner_text(
     if run.edition.is_papers and recipe == paper:
         return f"**The paper's data and schedule.** {what}"
     verdict = "**The paper's data, not its schedule.**" if run.edition.is_papers else "**Not the paper's data.**"
-    return f"{verdict} These scores are on {run.edition.title}; they can show a direction, but not reproduce the paper's values. {what}"
+    if recipe.iterations < LEARNS_FROM:
+        can = f"after {recipe.iterations} iterations nothing is learned, and they show only that the code runs"
+    else:
+        can = "they can show a direction, but not reproduce the paper's values"
+    return f"{verdict} These scores are on {run.edition.title}; {can}. {what}"
 
 
 def banner(results: Sequence[Result]) -> Markdown:
@@ -52,6 +59,7 @@ def format_score(mean: float, sd: float = float("nan")) -> str:
     "Format a score with one decimal, with its spread if there is one."
     if np.isnan(mean):
         return "–"
+    mean = round(mean, 1) + 0.0  # not "-0.0"
     return f"{mean:.1f}" if np.isnan(sd) else f"{mean:.1f} ± {sd:.1f}"
 
 

@@ -21,9 +21,10 @@ from timm.models.resnet import ResNet
 from torch import Tensor, fx, nn
 
 from ..core import check_choice
-from ..models.backbones import NORMS, create_backbone
+from ..models.backbones import backbone_label, create_backbone
 from ..models.norms import InstanceBatchNorm2d, SwitchNorm2d
 from ..plots import CURVE_COLORS
+from .paper import PAPER_NORMS
 
 # %% auto #0
 __all__ = ['ADDITIONS', 'COLORS', 'MEANING', 'ROW', 'TOP', 'BOX', 'GAP', 'PLACES', 'STAGES', 'Step', 'describe', 'BlockTracer',
@@ -154,9 +155,8 @@ def paper_nets(
     depth: int = 101,  # one of `backbones.DEPTHS`
 ) -> dict[str, ResNet]:  # keyed by the paper's names
     "Make the paper's four backbones of a depth, without weights."
-    names = {"bn": f"ResNet{depth}"} | {norm: f"IBN-Net{depth}-{norm[-1]}" for norm in NORMS[1:]}
     with torch.device("meta"):
-        return {name: create_backbone(depth, norm) for norm, name in names.items()}
+        return {backbone_label(depth, norm): create_backbone(depth, norm) for norm in PAPER_NORMS}
 
 
 def paper_blocks(
