@@ -126,21 +126,23 @@ def table_notebook(
 
 
 def known_parameters(
-    *takes: Callable,  # a value of `TABLES`, and other functions that take parameters
+    table: Callable[..., list[Run]],  # a value of `TABLES`
+    *others: str,  # names of the notebook's own parameters
 ) -> set[str]:
     "Return the names of a table notebook's parameters."
-    return {name for function in (*takes, Workspace) for name in inspect.signature(function).parameters}
+    return {name for takes in (table, Workspace) for name in inspect.signature(takes).parameters} | set(others)
 
 
 def refuse_unknown(
     cells: Sequence[str],  # sources executed so far: IPython's `In`
-    *takes: Callable,  # a value of `TABLES`, and other functions that take parameters
+    table: Callable[..., list[Run]],  # a value of `TABLES`
+    *others: str,  # names of the notebook's own parameters
 ) -> None:
     "Check that papermill set only parameters of the notebook; raise ValueError if not."
     for source in cells:
         if source.startswith("# Parameters\n"):
             names = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
-            unknown = sorted(names - known_parameters(*takes) - {"True", "False", "None"})
+            unknown = sorted(names - known_parameters(table, *others) - {"True", "False", "None"})
             if unknown:
-                known = ", ".join(sorted(known_parameters(*takes)))
+                known = ", ".join(sorted(known_parameters(table, *others)))
                 raise ValueError(f"unknown parameter {', '.join(unknown)}: this notebook accepts {known}")
