@@ -20,8 +20,8 @@ from .divergence import draw_weights
 # %% auto #0
 __all__ = ['WEIGHTS_AT_ONCE', 'LEVEL', 'POWER', 'AGREES', 'DISAGREES', 'NO_EFFECT', 'UNDECIDED', 'NOT_JUDGED', 'MIN_SEEDS',
            'RATIO_MARGIN', 'resample_iou', 'gains', 'stack_seeds', 'sum_groups', 'Comparison', 'paired_bootstrap',
-           'draw_differences', 'Effect', 'combine', 'draw_fields', 'paired_effect', 'judge', 'log_ratio',
-           'depth_contrast', 'holm', 'judge_all', 'simulate_nets']
+           'draw_differences', 'Effect', 'combine', 'draw_fields', 'paired_effect', 'judge', 'format_points',
+           'format_factor', 'log_ratio', 'depth_contrast', 'holm', 'judge_all', 'simulate_nets']
 
 # %% ../../nbs/34_significance.ipynb #cell-05
 WEIGHTS_AT_ONCE = 2**20  # 8 MB in float64 for any number of tiles
@@ -251,6 +251,18 @@ def judge(
         is_claimed = sign * effect.estimate > 0
         return (AGREES if sign * effect.estimate >= size else UNDECIDED) if is_claimed else DISAGREES
     return NO_EFFECT if -margin < low and high < margin else UNDECIDED
+
+# %% ../../nbs/34_significance.ipynb #format-code
+def format_points(effect: Effect) -> str:
+    "Format an effect in points with its interval."
+    low, high = effect.interval()
+    return f"{effect.estimate:+.1f}" + (f" ({low:+.1f} to {high:+.1f})" if effect.n_seeds > 1 else "")
+
+
+def format_factor(effect: Effect) -> str:
+    "Format an effect on a logarithm as a factor with its interval."
+    low, high = np.exp(effect.interval())
+    return f"×{np.exp(effect.estimate):.2f}" + (f" ({low:.2f} to {high:.2f})" if effect.n_seeds > 1 else "")
 
 # %% ../../nbs/34_significance.ipynb #290cdb37
 RATIO_MARGIN = float(np.log(1.25))

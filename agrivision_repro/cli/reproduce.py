@@ -51,6 +51,7 @@ def _inputs_hash(
 
     files = [table_notebook(name), *sorted(Path(agrivision_repro.__file__).parent.rglob("*.py"))]
     files += [path for r in results for path in (r.folder.scores_file, r.folder.record_file)]
+    files += [p for folder in parameters.get("others", ()) if (p := Path(folder) / "tables" / "claims.csv").is_file()]
     told = {k: v for k, v in parameters.items() if k not in _FOLDERS}  # paths do not matter
     content = [json.dumps(told, sort_keys=True).encode(), *(path.read_bytes() for path in files)]
     return hashlib.blake2b(b"".join(content), digest_size=16).hexdigest()
@@ -95,7 +96,7 @@ def _run_notebook(
     fresh, error = folder / f"{name}.new.ipynb", ""
     try:
         done = execute_notebook(str(table_notebook(name)), str(fresh), parameters, kernel_name="python3", progress_bar=False, cwd=str(folder))
-        files = [p for kind in ("tables", "figures") for end in (".", "-") for p in (report / kind).glob(f"{name}{end}*")]
+        files = [p for kind in ("tables", "figures") for end in (".", "-", "_") for p in (report / kind).glob(f"{name}{end}*")]
         done.metadata["agrivision_repro"] = {"made_of": origin, "files": sorted(str(p.relative_to(report)) for p in files)}
         fresh.write_text(json.dumps(done, indent=1) + "\n")
     except PapermillExecutionError as failure:

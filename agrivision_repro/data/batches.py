@@ -25,7 +25,7 @@ from .counts import mean_and_std
 from .tiles import Tile
 
 # %% auto #0
-__all__ = ['CHANNELS', 'IMAGENET', 'TURNS', 'INVERSE', 'AS_IT_IS', 'AUGMENTATIONS', 'SAMPLERS', 'Statistics',
+__all__ = ['CHANNELS', 'CHANNEL_LABELS', 'IMAGENET', 'TURNS', 'INVERSE', 'AS_IT_IS', 'AUGMENTATIONS', 'SAMPLERS', 'Statistics',
            'dataset_statistics', 'reserve', 'select_channels', 'apply_d4', 'draw_view', 'zoom_and_shift', 'Sample',
            'rare_class_weights', 'draw_order', 'SampleStream', 'Batch', 'multi_hot', 'apply_zoom', 'make_batch',
            'TileDataset', 'read_ahead', 'collate', 'copy_planes', 'training_loader', 'scoring_loader', 'thin_out',
@@ -33,6 +33,7 @@ __all__ = ['CHANNELS', 'IMAGENET', 'TURNS', 'INVERSE', 'AS_IT_IS', 'AUGMENTATION
 
 # %% ../../nbs/16_batches.ipynb #cell-05
 CHANNELS = {"rgb": (0, 1, 2), "nir3": (3, 3, 3), "rgbn": (0, 1, 2, 3), "rgbr": (0, 1, 2, 0)}
+CHANNEL_LABELS = {"rgb": "RGB", "nir3": "NIR", "rgbn": "NRGB", "rgbr": "RGB with red repeated"}  # in tables and figures
 
 
 class Statistics(NamedTuple):

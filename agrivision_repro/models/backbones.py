@@ -31,9 +31,9 @@ from .norms import InstanceBatchNorm2d, SwitchNorm2d
 
 # %% auto #0
 __all__ = ['DEPTHS', 'NORMS', 'DILATIONS', 'MULTIGRID', 'TORCHVISION', 'IBN_NET', 'IMAGENET_URLS', 'INPUT', 'TIMM_NAMES',
-           'default_cfgs', 'replace_first_norms', 'last_activation', 'add_norm_after_addition', 'add_instance_norms',
-           'swap_norms', 'set_multigrid', 'widen_stem', 'fetch_checkpoint', 'read_checkpoint', 'LoadReport',
-           'load_matching', 'load_imagenet', 'make_resnet', 'create_backbone', 'spread', 'branch_spreads',
+           'default_cfgs', 'replace_first_norms', 'backbone_label', 'last_activation', 'add_norm_after_addition',
+           'add_instance_norms', 'swap_norms', 'set_multigrid', 'widen_stem', 'fetch_checkpoint', 'read_checkpoint',
+           'LoadReport', 'load_matching', 'load_imagenet', 'make_resnet', 'create_backbone', 'spread', 'branch_spreads',
            'draw_branches', 'make_entry']
 
 # %% ../../nbs/22_backbones.ipynb #cell-05
@@ -44,6 +44,15 @@ def replace_first_norms(
     "Replace the first norm of every block in layers 1 to 3."
     for block in (*resnet.layer1, *resnet.layer2, *resnet.layer3):
         block.bn1 = make(block.bn1.num_features)
+
+# %% ../../nbs/22_backbones.ipynb #label-code
+def backbone_label(
+    depth: int | str,  # "": without the depth, as in Figure 2
+    norm: str,
+) -> str:
+    "Return the paper's name of a backbone; a norm that is not in the paper is a suffix."
+    family = "IBN-Net" if norm.startswith("ibn_") else "ResNet"
+    return f"{family}{depth}" + ("" if norm == "bn" else f"-{norm.removeprefix('ibn_')}")
 
 # %% ../../nbs/22_backbones.ipynb #cell-07
 def last_activation(block: nn.Module) -> str:

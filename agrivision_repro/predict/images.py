@@ -4,56 +4,36 @@ from __future__ import annotations
 
 import math
 import os
-import struct
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from agrivision_repro.core import replace_file
 from agrivision_repro.data.tiles import pack_labels
 from agrivision_repro.plots import paint_classes, show_panels
 from agrivision_repro.predict.scenes import Raster, Scene, find_rasterio, open_scene
-from agrivision_repro.predict.submission import SIGNATURE, png_chunk
 from agrivision_repro.predict.windows import predict_strips
 
 
-@contextmanager
-def write_png(
-    path: Path,
-    size: tuple[int, int],  # height, width, pixels
-) -> Iterator[Callable[[int, np.ndarray], None]]:  # takes the first row of a strip, and the strip, `(h, W)` uint8
-    "Write a PNG with one byte per pixel, strip by strip from the top."
-    squeeze = zlib.compressobj()
-    with path.open("wb") as file:
-        file.write(SIGNATURE + png_chunk(b"IHDR", struct.pack(">IIBBBBB", size[1], size[0], 8, 0, 0, 0, 0)))
-
-        def write(_top: int, strip: np.ndarray) -> None:
-            file.write(png_chunk(b"IDAT", squeeze.compress(np.pad(strip, ((0, 0), (1, 0))).tobytes())))
-
-        yield write
-        file.write(png_chunk(b"IDAT", squeeze.flush()) + png_chunk(b"IEND", b""))
-
-
-@contextmanager
 def _write_georeferenced(
     path: Path,
-    raster: Raster,  # georeferenced
+    labels: np.ndarray,  # class per pixel, `(H, W)` uint8
+    place: dict,  # of `Raster`
     n_classes: int,  # background included
-) -> Iterator[Callable[[int, np.ndarray], None]]:  # takes the first row of a strip, and the strip, `(h, W)` uint8
-    "Write a one-band GeoTIFF with an image's georeferencing, strip by strip."
-    height, width = raster.size
+) -> None:
+    "Write a one-band GeoTIFF with an image's georeferencing."
+    height, width = labels.shape
     form = {"driver": "GTiff", "height": height, "width": width, "count": 1, "dtype": "uint8", "compress": "deflate"}
-    with find_rasterio().open(path, "w", **form, **raster.place) as image:
+    with find_rasterio().open(path, "w", **form, **place) as image:
         colors = paint_classes(np.arange(n_classes)[None])[0].tolist()
         image.write_colormap(1, dict(enumerate(map(tuple, colors))))
-        yield lambda top, strip: image.write(strip, 1, window=((top, top + len(strip)), (0, width)))
+        image.write(labels, 1)
 
 
 PICTURED = 512  # maximum length of an image's longer side in its picture, pixels
@@ -105,22 +85,19 @@ def _write_maps(
     folder: Path,  # a new one
     n_classes: int,  # background included
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:  # pixels of each class `(C,)` int64; RGB, NIR and classes, every few pixels
-    "Write predicted strips as they arrive."
-    pixels, seen, step = np.zeros(n_classes, np.int64), [], math.ceil(max(raster.size) / PICTURED)
-    with ExitStack() as stack:
-        for kind in ("labels", "bits", *["georeferenced"] * bool(raster.place)):
-            (folder / kind).mkdir()
-        labels, bits = (stack.enter_context(write_png(folder / kind / f"{name}.png", raster.size)) for kind in ("labels", "bits"))
-        writers = [labels]
-        if raster.place:
-            writers.append(stack.enter_context(_write_georeferenced(folder / "georeferenced" / f"{name}.tif", raster, n_classes)))
-        for top, logits in strips:
-            best = logits.argmax(0).astype(np.uint8)
-            bits(top, pack_labels(list(logits[1:] > 0)))
-            for write in writers:
-                write(top, best)
-            pixels += np.bincount(best.ravel(), minlength=n_classes)
-            image, some = raster.rows(top, top + len(best)), np.s_[-top % step :: step, ::step]
-            seen.append(np.concatenate([image[:, *some], best[None, *some]]))
-    *rgb, nir, best = np.concatenate(seen, 1)
-    return pixels, {"RGB": np.stack(rgb, -1), "NIR": nir, "prediction": best}
+    "Reduce predicted strips to maps of one byte per pixel as they arrive, and write these."
+    labels, bits = np.empty(raster.size, np.uint8), np.empty(raster.size, np.uint8)
+    counts, seen, step = np.zeros(n_classes, np.int64), [], math.ceil(max(raster.size) / PICTURED)
+    for top, logits in strips:
+        end = top + logits.shape[1]
+        labels[top:end], bits[top:end] = logits.argmax(0), pack_labels(list(logits[1:] > 0))
+        counts += np.bincount(labels[top:end].ravel(), minlength=n_classes)
+        seen.append(raster.rows(top, end)[:, -top % step :: step, ::step].copy())  # a view would keep every pixel
+    for kind, pixels in {"labels": labels, "bits": bits}.items():
+        (folder / kind).mkdir()
+        Image.fromarray(pixels).save(folder / kind / f"{name}.png")
+    if raster.place:
+        (folder / "georeferenced").mkdir()
+        _write_georeferenced(folder / "georeferenced" / f"{name}.tif", labels, raster.place, n_classes)
+    *rgb, nir = np.concatenate(seen, 1)
+    return counts, {"RGB": np.stack(rgb, -1), "NIR": nir, "prediction": labels[::step, ::step]}

@@ -6,7 +6,6 @@ import os
 import struct
 import tempfile
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,12 +20,7 @@ from PIL import Image
 from agrivision_repro.core import replace_file
 from agrivision_repro.data.editions import AGRIVISION_2020, find_edition, open_tiles
 
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
-
-
-def png_chunk(name: bytes, content: bytes) -> bytes:
-    "Make one chunk of a PNG file."
-    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 CHALLENGE_CLASSES = ("background", *AGRIVISION_2020)
@@ -71,7 +65,7 @@ def _check_png(
     size: tuple[int, int],  # wanted height, width, pixels
 ) -> tuple[str, str] | None:  # kind of violation and message; None: no fault
     "Check one PNG of a submission."
-    if content[:8] != SIGNATURE or content[12:16] != b"IHDR" or len(content) < 33:
+    if content[:8] != _SIGNATURE or content[12:16] != b"IHDR" or len(content) < 33:
         return "not a PNG", f"begins with {content[:8]!r}: save it as PNG"
     width, height, depth, color = struct.unpack(">IIBB", content[16:26])
     if (depth, color) != (8, 0):

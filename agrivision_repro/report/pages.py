@@ -11,7 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
-from jinja2 import DictLoader, Environment
+from jinja2 import Environment, FileSystemLoader
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from PIL import Image
@@ -21,23 +21,7 @@ from agrivision_repro.runs.plan import PAPERS_DATA, gmacs_of, kind_of, name_runs
 from agrivision_repro.runs.store import Result
 from agrivision_repro.runs.workspace import Workspace
 
-_NOTEBOOK_PAGE = """{%- extends 'lab/index.html.j2' -%}
-{%- block html_head_js -%}{%- endblock html_head_js -%}
-{%- block html_head_js_mathjax -%}{%- endblock html_head_js_mathjax -%}
-{%- block html_head_js_mermaidjs -%}{%- endblock html_head_js_mermaidjs -%}
-{%- block html_head_css -%}
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-{{ super() }}
-{{ resources.include_css("static/theme-dark.css") | replace("<style", '<style media="(prefers-color-scheme: dark)"') }}
-<style>
-:root { color-scheme: light dark; } main { max-width: 66rem; margin: 0 auto; } math[display=block] { margin: .8em 0; }
-img { max-width: 100%; height: auto; background: #fff; } .jp-OutputArea-output, .highlight pre { overflow-x: auto; }
-@media (min-width: 40rem) { .jp-RenderedHTMLCommon th[scope=row] { white-space: nowrap; } }
-.jp-RenderedHTMLCommon table.prose :is(th, td) { text-align: left; }
-.jp-RenderedHTMLCommon table.prose td:nth-of-type(odd) { min-width: 11rem; }
-</style>
-{%- endblock html_head_css -%}
-"""
+_TEMPLATES = Path(__file__).parent / "templates"
 
 
 _MATH = re.compile(
@@ -71,8 +55,8 @@ def _notebook_page(
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata["title"] = _notebook_title(notebook)[0]
     math = _stash_math(notebook)
-    exporter = HTMLExporter(template_name="lab", extra_loaders=[DictLoader({"page.html.j2": _NOTEBOOK_PAGE})], embed_images=True)
-    exporter.template_file = "page.html.j2"
+    exporter = HTMLExporter(template_name="lab", extra_loaders=[FileSystemLoader(_TEMPLATES)], embed_images=True)
+    exporter.template_file = "notebook.html.j2"
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     page = exporter.from_notebook_node(notebook)[0]
     return re.sub(r"MATHMARK(\d{5})", lambda match: math[int(match[1])], page)
@@ -83,48 +67,6 @@ def _notebook_title(notebook: nbformat.NotebookNode) -> tuple[str, str]:  # titl
     title, _, rest = notebook.cells[0].source.partition("\n")
     subtitle = " ".join(line.removeprefix(">").strip() for line in rest.strip().splitlines() if line.startswith(">"))
     return title.removeprefix("# "), subtitle
-
-
-_INDEX_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>agrivision_repro · report</title>
-<style>
-:root { color-scheme: light dark; --ink: #1d2733; --paper: #fff; --line: #d5dbe1; --soft: #f3f6f8; --note: #fff4d6; --link: #0b62a4; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #dfe6ec; --paper: #14191f; --line: #36414c; --soft: #1d242c; --note: #3b3316; --link: #7db9ef; } }
-body { margin: 0 auto; max-width: 66rem; padding: 1rem 1.2rem 4rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.25; } h2 { margin-top: 2.6rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem; }
-a { color: var(--link); } .note { background: var(--note); padding: .7rem 1rem; border-radius: .4rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93rem; }
-th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem; text-align: right; vertical-align: top; }
-th[scope=row], td:first-child, .prose th, .prose td { text-align: left; } .prose td:nth-of-type(odd) { min-width: 11rem; }
-@media (min-width: 40rem) { th[scope=row] { white-space: nowrap; } } thead th { background: var(--soft); border-top: 2px solid var(--ink); }
-img { max-width: 100%; height: auto; background: #fff; border-radius: .3rem; }
-caption { caption-side: bottom; text-align: left; font-size: .88rem; opacity: .85; padding-top: .4rem; }
-figure { margin: 1.2rem 0; } figcaption, .small { font-size: .88rem; opacity: .85; }
-</style></head><body>
-<h1>Reducing the feature divergence of RGB and near-infrared images using Switchable Normalization</h1>
-<p>Yang, Yu, Zhao and Wang, CVPR Workshops 2020, rerun by agrivision_repro {{ version }}.</p>
-<nav><p>{% for s in sections %}<a href="#{{ s.name }}">{{ s.title }}</a>{{ " · " if not loop.last }}{% endfor %}</p></nav>
-{% for s in sections %}<section id="{{ s.name }}"><h2>{{ s.title }}</h2>
-{% if s.error %}<p class="note"><strong>Failed:</strong> {{ s.error }}</p>
-{% else %}<p>{{ s.question }}</p>
-{% if s.banner %}<p class="note">{{ s.banner }}</p>
-{% endif %}{% for t in s.tables %}<div class="wide">{{ t.html }}</div>
-<p class="small">{% for kind, ending in [("CSV", "csv"), ("Markdown", "md"), ("LaTeX", "tex")] %}{{ " · " if not loop.first }}
-<a href="tables/{{ t.name }}.{{ ending }}">{{ kind }}</a>{% endfor %}</p>
-{% endfor %}{% if s.basis %}<p class="small">{{ s.basis }} The paper's numbers are in separate columns.</p>
-{% endif %}{% for p in s.pictures %}<figure><img alt="{{ p.alt }}" src="data:image/png;base64,{{ p.png }}">
-<figcaption>{{ p.alt }}{% if s.credit %} Data: {{ s.credit }}.{% endif %}
-<a href="figures/{{ p.name }}.png">PNG</a> · <a href="figures/{{ p.name }}.pdf">PDF</a></figcaption></figure>
-{% endfor %}<p><a href="notebooks/{{ s.name }}.html">The executed notebook</a> · <a href="notebooks/{{ s.name }}.ipynb">ipynb</a></p>
-{% endif %}</section>
-{% endfor %}{% if origin %}<section id="origin"><h2>Where the numbers come from</h2>
-<div class="wide">{{ origin }}</div></section>{% endif %}
-</body></html>
-"""
 
 
 def _origin_table(
@@ -153,11 +95,11 @@ def _report_section(
     name: str,  # of the executed notebook
     results: Sequence[Result],  # that it uses; may be empty
     folder: Path,  # of the report
-) -> dict:  # the values that INDEX_PAGE needs
+) -> dict:  # the values that report.html.j2 needs
     "Collect one section of the report from the files that its notebook saved."
     title, question = _notebook_title(nbformat.read(folder / "notebooks" / f"{name}.ipynb", as_version=4))
     tables, pictures = (
-        sorted((folder / kind).glob(f"{name}{ending}")) + sorted((folder / kind).glob(f"{name}-*{ending}"))
+        sorted((folder / kind).glob(f"{name}{ending}")) + sorted((folder / kind).glob(f"{name}[-_]*{ending}"))
         for kind, ending in {"tables": ".html", "figures": ".png"}.items()
     )
     return {
@@ -202,7 +144,7 @@ def write_report(
         path.with_suffix(".html").write_text(_notebook_page(path))
         sections.append(_report_section(name, own, folder))
     has_any = any(results.values())
-    page = Environment().from_string(_INDEX_PAGE).render(
+    page = Environment(loader=FileSystemLoader(_TEMPLATES)).get_template("report.html.j2").render(
         sections=sections, version=version("agrivision_repro"), origin=html_table(_origin_table(results, workspace)) if has_any else ""
     )
     folder.mkdir(parents=True, exist_ok=True)

@@ -59,6 +59,7 @@ def format_score(mean: float, sd: float = float("nan")) -> str:
     "Format a score with one decimal, with its spread if there is one."
     if np.isnan(mean):
         return "–"
+    mean = round(mean, 1) + 0.0  # not "-0.0"
     return f"{mean:.1f}" if np.isnan(sd) else f"{mean:.1f} ± {sd:.1f}"
 
 

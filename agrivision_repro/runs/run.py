@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from ..data.batches import CHANNELS
+from ..data.batches import CHANNEL_LABELS, CHANNELS
 from ..data.editions import Edition, find_edition
 from ..data.synthetic_files import SyntheticConfig, write_synthetic
 from ..losses import HybridLoss
+from ..models.backbones import backbone_label
 from ..models.deeplab import DeepLabV3Plus
 from ..training.schedule import RECIPES, Recipe
 
@@ -127,12 +128,12 @@ class Run:
     @property
     def net(self) -> str:
         "Return the name of the backbone in the paper."
-        return {"bn": f"ResNet{self.depth}"}.get(self.norm, f"IBN-Net{self.depth}-{self.norm[-1]}")
+        return backbone_label(self.depth, self.norm)
 
     @property
     def title(self) -> str:
         "Return the title of the Run for a progress bar."
-        return f"{self.net} on {self.channels}, seed {self.seed}"
+        return f"{self.net} on {CHANNEL_LABELS[self.channels]}, seed {self.seed}"
 
 # %% ../../nbs/60_runs.ipynb #cell-11
 def plan_run(

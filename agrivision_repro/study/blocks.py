@@ -21,7 +21,7 @@ from timm.models.resnet import ResNet
 from torch import Tensor, fx, nn
 
 from ..core import check_choice
-from ..models.backbones import create_backbone
+from ..models.backbones import backbone_label, create_backbone
 from ..models.norms import InstanceBatchNorm2d, SwitchNorm2d
 from ..plots import CURVE_COLORS
 from .paper import PAPER_NORMS
@@ -155,9 +155,8 @@ def paper_nets(
     depth: int = 101,  # one of `backbones.DEPTHS`
 ) -> dict[str, ResNet]:  # keyed by the paper's names
     "Make the paper's four backbones of a depth, without weights."
-    names = {norm: f"IBN-Net{depth}-{norm[-1]}" for norm in PAPER_NORMS} | {"bn": f"ResNet{depth}"}
     with torch.device("meta"):
-        return {name: create_backbone(depth, norm) for norm, name in names.items()}
+        return {backbone_label(depth, norm): create_backbone(depth, norm) for norm in PAPER_NORMS}
 
 
 def paper_blocks(

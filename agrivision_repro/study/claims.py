@@ -6,82 +6,112 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from agrivision_repro.analysis.significance import (
     AGREES,
     DISAGREES,
     LEVEL,
+    NO_EFFECT,
+    NOT_JUDGED,
     RATIO_MARGIN,
     UNDECIDED,
     Effect,
     combine,
     depth_contrast,
+    format_factor,
+    format_points,
     holm,
     judge_all,
     log_ratio,
-    paired_effect,
 )
+from ..data.batches import CHANNEL_LABELS
+from ..models.backbones import backbone_label
 from ..report.render import LEARNS_FROM
 from ..runs.store import Result
 from ..runs.workspace import Workspace
-from .figures import NETS, divergence_and_score, figure2_scores, switch_weights
-from .paper import CLAIMS, UNSUPPORTED
+from .compare import score_gain
+from .figures import divergence_and_score, figure2_scores, switch_weights
+from .modality import MODALITIES, OTHER
+from .paper import CLAIMS, TABLE2, UNSUPPORTED
 from ..training.schedule import Recipe
 
 # %% auto #0
-__all__ = ['UNTESTED', 'FIG2', 'FALL', 'MODALITY', 'S', 'A', 'R', 'TWO', 'THREE', 'EIGHT', 'LOSSES', 'JUDGES', 'BEYOND',
-           'Finding', 'write_points', 'write_factor', 'find', 'Evidence', 'judge_ratio', 'judge_layers', 'judge_depth',
-           'judge_shares', 'judge_cause', 'judge_claims', 'claims_table']
+__all__ = ['UNTESTED', 'FIG2', 'TABLE_1', 'TWO', 'THREE', 'FALL', 'RISE', 'HUGE_DECAY', 'HUGE_DIVERGENCE', 'S', 'A', 'R',
+           'LOSSES', 'BCE', 'DICE', 'LOVASZ', 'HYBRID', 'SEVEN', 'HALF', 'JUDGES', 'SAME', 'BEYOND', 'TITLES',
+           'VERDICT_COLORS', 'Finding', 'p_value', 'format_rule', 'find', 'Evidence', 'judge_gain', 'judge_best',
+           'judge_decay', 'judge_transfer', 'title_of', 'judge_ratio', 'judge_divergence', 'judge_layers',
+           'judge_depth', 'judge_slope', 'share_curves', 'judge_shares', 'judge_spread', 'converged_at',
+           'judge_convergence', 'judge_claims', 'claims_table', 'claims_matrix', 'draw_matrix']
 
 # %% ../../nbs/74_claims.ipynb #cell-05
-UNTESTED = "not tested at this scale"
-FIG2 = "fig2_divergence"
+UNTESTED = "not tested"
+FIG2, TABLE_1, TWO, THREE = "fig2_divergence", "table1_modality", "table2_backbones", "table3_losses"
 FALL = {"sign": -1, "margin": RATIO_MARGIN, "size": RATIO_MARGIN}  # a fifth less, or more
+RISE = FALL | {"sign": 1}
+HUGE_DECAY, HUGE_DIVERGENCE = 8.0, 4.0  # points; symmetric KL divergence
 
 
 class Finding(NamedTuple):
     "The measurement behind a claim, and the verdict."
 
-    measured: str
+    measured: str  # what, and the estimates
     verdict: str
+    interval: str = "–"
+    rule: str = "–"  # agrees if
+    n: int = 0  # seeds
+    detectable: str = "–"  # the smallest effect found in 80 % of cases; of several effects, the largest
+    p: float = np.nan  # of the verdict; NaN: not judged
     table: str = ""  # the table that shows it: a key of `tables.TABLES`
-    p: float = np.nan  # the largest p value of its effects
-    detectable: float = np.nan  # the smallest effect that would be found, in the unit of the measurement; of several, the largest
 
+# %% ../../nbs/74_claims.ipynb #find-code
+def p_value(effects: Mapping[str, Effect], verdict: str, sign: int) -> float:
+    "Return the p value of a verdict: of the strongest contradiction, or of the weakest support."
+    if verdict == NOT_JUDGED:
+        return np.nan
+    adjusted = holm({name: effect.p for name, effect in effects.items()})
+    against = [adjusted[name] for name, effect in effects.items() if sign * effect.estimate < 0]
+    return min(against) if verdict == DISAGREES else max(effect.p for effect in effects.values())
 
-def write_points(effect: Effect) -> str:
-    "Write an effect in points with its interval."
-    low, high = effect.interval()
-    return f"{effect.estimate:+.1f}" + (f" ({low:+.1f} to {high:+.1f})" if effect.n_seeds > 1 else "")
+# %% ../../nbs/74_claims.ipynb #find-code-2
+def format_rule(form: Callable[[Effect], str], sign: int, beyond: float, size: float) -> str:
+    "Return what an interval must exclude for a claim to agree."
+    side = "above" if sign > 0 else "below"
+    limit = f"×{np.exp(sign * beyond):.3g}" if form is format_factor else f"{sign * beyond + 0.0:g}"
+    return f"{side} {limit}" + (f", estimate {side} ×{np.exp(sign * size):.3g}" if size else "")
 
-
-def write_factor(effect: Effect) -> str:
-    "Write the effect on a logarithm as a factor with its interval."
-    low, high = np.exp(effect.interval())
-    return f"×{np.exp(effect.estimate):.2f}" + (f" ({low:.2f} to {high:.2f})" if effect.n_seeds > 1 else "")
-
-
+# %% ../../nbs/74_claims.ipynb #find-code-3
 def find(
     effects: Mapping[str, Effect],  # under what → effect; all must have the claimed sign
     what: str,
     table: str,
-    write: Callable[[Effect], str] = write_points,
-    **rule: float,  # sign, margin and size of `significance.judge`
+    form: Callable[[Effect], str] = format_points,
+    sign: int = 1,
+    beyond: float = 0.0,  # the least effect that the claim speaks of, of the claimed sign: the whole interval must exceed it
+    margin: float = 1.0,  # as in `significance.judge`
+    size: float = 0.0,
 ) -> Finding:
     "Judge effects, and write them down."
-    shown = ", ".join(f"{write(effect)} {name}".strip() for name, effect in effects.items())
-    worst = max(effects.values(), key=lambda effect: (effect.p, -abs(effect.estimate)))
-    return Finding(f"{what}: {shown}", judge_all(effects, **rule), table, worst.p, max(e.detectable for e in effects.values()))
+    tested = {name: replace(e, estimate=e.estimate - sign * beyond) for name, e in effects.items()}
+    verdict = judge_all(tested, sign, 0.0 if beyond else margin, size)
+    texts = {name: form(effect).partition(" (") for name, effect in effects.items()}
+    shown = ", ".join(f"{text[0]} {name}".strip() for name, text in texts.items())
+    intervals = "; ".join(text[2].rstrip(")") for text in texts.values() if text[2]) or "–"
+    detectable = max(e.detectable for e in effects.values())
+    limit = (f"×{np.exp(detectable):.2f}" if form is format_factor else f"{detectable:.1f}") if detectable == detectable else "–"
+    n = min(e.n_seeds for e in effects.values())
+    rule = format_rule(form, sign, beyond, size)
+    return Finding(f"{what}: {shown}", verdict, intervals, rule, n, limit, p_value(tested, verdict, sign), table)
 
 # %% ../../nbs/74_claims.ipynb #cell-08
-MODALITY = {"rgb": "trained on RGB", "nir3": "trained on NIR"}
-
-
 class Evidence:
     "The finished runs and the measurements made on them."
 
@@ -93,45 +123,24 @@ class Evidence:
         wanted = {"depth": 101, "channels": "rgbn", "dice": 1.0, "lovasz": 0.0} | fields
         return [r for r in self.results if all(getattr(r.run, k) == v for k, v in wanted.items())]
 
-    def effect(self, ours: Sequence[Result], others: Sequence[Result], tested: str = "") -> Effect:  # points
-        "Estimate what `ours` gains over `others`, these tested on `tested` or on what they were trained on."
-        own, other = ([r.tile_counts(c or r.run.channels) for r in some] for some, c in ((ours, ""), (others, tested)))
-        fields = self.workspace.fields(ours[0].run)
-        return paired_effect(other, own, fields if len(set(fields)) > 1 else None)  # a single field: its tiles are drawn
+    def gain(self, ours: dict, others: dict) -> Effect:
+        "Estimate what one configuration gains over another, in points."
+        return score_gain(self.pick(**ours), self.pick(**others), self.workspace)
 
-    def differ(self, ours: dict, others: dict, what: str, table: str) -> Finding:
-        "Judge whether one configuration scores higher than another."
-        return find({"": self.effect(self.pick(**ours), self.pick(**others))}, f"{what}, points", table)
-
-    def best(self, own: dict, others: Sequence[dict], what: str, table: str) -> Finding:
-        "Judge whether one configuration scores higher than each of others; the closest two are written down."
-        leads = {self.title(other): self.effect(self.pick(**own), self.pick(**other)) for other in others}
-        closest = sorted(leads, key=lambda name: leads[name].estimate)[:2]
-        shown = ", ".join(f"{write_points(leads[name])} over {name}" for name in closest)
-        return find(leads, what, table)._replace(measured=f"{what}, points: {shown}")
-
-    def title(self, fields: dict) -> str:
-        "Return the name of a configuration: its net, or its loss where that is not BCE + Dice."
-        run = self.pick(**fields)[0].run
-        return run.net if (run.dice, run.lovasz) == (1.0, 0.0) else f"Dice × {run.dice:g}, Lovász × {run.lovasz:g}"
-
-    def decay(self, trained: str) -> Finding:
-        "Judge whether a model scores lower on the other modality."
-        other = {"rgb": "nir3", "nir3": "rgb"}[trained]
-        own = [r for r in self.cross if (r.run.channels, r.run.norm) == (trained, "bn")]
-        return find({"": self.effect(own, own, other)}, "own − other modality, points", "table1_modality")
+    def one(self, channels: str, norm: str) -> list[Result]:  # one per seed
+        "Return Table 1's and Figure 2's runs of a net on one modality; Table 2's have another loss."
+        return [r for r in self.cross if (r.run.channels, r.run.norm) == (channels, norm)]
 
     @cached_property
     def cross(self) -> list[Result]:
-        "The runs of Table 1 and Figure 2: those on one modality, without Table 2's last rows."
-        one = [r for r in self.results if r.run.channels in MODALITY]
-        losses = {(r.run.dice, r.run.lovasz) for r in one if r.run.norm == "bn"}
-        return [r for r in one if (r.run.dice, r.run.lovasz) in losses]
+        "The runs of Table 1 and Figure 2."
+        losses = {(r.run.dice, r.run.lovasz) for r in self.results if (r.run.channels, r.run.norm) == ("nir3", "bn")}
+        return [r for r in self.results if r.run.channels in MODALITIES and (r.run.dice, r.run.lovasz) in losses]
 
     @cached_property
     def layers(self) -> pd.DataFrame:
-        "Divergence per run and layer."
-        return figure2_scores(self.cross, self.workspace)
+        "Divergence per run and layer, of the estimator that has a null."
+        return figure2_scores(self.cross, self.workspace).query("estimator == 'sample'")
 
     @cached_property
     def relation(self) -> pd.DataFrame:
@@ -141,89 +150,206 @@ class Evidence:
     def per_seed(self, trained: str, norm: str) -> pd.DataFrame:  # rows of `relation`
         return self.relation[(self.relation.trained_on == trained) & (self.relation.norm == norm)]
 
+    def medians(self, trained: str, norm: str, of: str = "divergence") -> np.ndarray:  # one per seed
+        "Return the medians over layers of a net's divergence, or of its null."
+        own = self.layers[(self.layers.trained_on == trained) & (self.layers.norm == norm)]
+        return own.groupby("seed")[of].median().to_numpy()
+
 # %% ../../nbs/74_claims.ipynb #cell-10
-def judge_ratio(evidence: Evidence, norm: str) -> Finding:
-    "Judge whether a net's divergence is lower than ResNet's."
-    medians = {c: [evidence.per_seed(c, n)["median"].to_numpy() for n in ("bn", norm)] for c in MODALITY}
-    effects = {MODALITY[c]: log_ratio(*pair) for c, pair in medians.items()}
-    return find(effects, f"median divergence, {NETS[norm]} / ResNet", FIG2, write_factor, **FALL)
+def judge_gain(evidence: Evidence, ours: dict, others: dict, what: str, table: str) -> Finding:
+    "Judge whether one configuration scores higher than another."
+    return find({"": evidence.gain(ours, others)}, f"{what}, points", table)
 
+# %% ../../nbs/74_claims.ipynb #cell-10-2
+def judge_best(evidence: Evidence, own: dict, others: Mapping[str, dict], what: str, table: str) -> Finding:
+    "Judge whether one configuration scores higher than each of others; the closest two are written down."
+    leads = {f"over {name}": evidence.gain(own, other) for name, other in others.items()}
+    found = find(leads, f"{what}, points", table)
+    closest = {name: leads[name] for name in sorted(leads, key=lambda name: leads[name].estimate)[:2]}
+    shown = find(closest, f"{what}; the closest two, points", table)
+    return found._replace(measured=shown.measured, interval=shown.interval)
 
+# %% ../../nbs/74_claims.ipynb #cell-10-3
+def judge_decay(evidence: Evidence, trained: str) -> Finding:
+    "Judge whether ResNet loses a huge margin on the other modality."
+    own = evidence.one(trained, "bn")
+    decay = score_gain(own, own, evidence.workspace, others_on=OTHER[trained])
+    return find({"": decay}, "ResNet101, own − other modality, points", TABLE_1, beyond=HUGE_DECAY)
+
+# %% ../../nbs/74_claims.ipynb #cell-10-4
+def judge_transfer(evidence: Evidence) -> Finding:
+    "Judge whether IBN-a scores higher than ResNet on the modality that it was not trained on."
+    effects = {}
+    for trained, other in OTHER.items():
+        nets = evidence.one(trained, "ibn_a"), evidence.one(trained, "bn")
+        effects[title_of(trained)] = score_gain(*nets, evidence.workspace, other, other)
+    return find(effects, "IBN-Net101-a − ResNet101 on the other modality, points", FIG2)
+
+# %% ../../nbs/74_claims.ipynb #cell-10-5
+def title_of(trained: str) -> str:
+    "Return the title of a training modality."
+    return f"trained on {CHANNEL_LABELS[trained]}"
+
+# %% ../../nbs/74_claims.ipynb #cell-11
+def judge_ratio(evidence: Evidence, norm: str, against: str = "bn", **rule: float) -> Finding:
+    "Judge whether a net's divergence is lower than another's."
+    effects = {title_of(c): log_ratio(evidence.medians(c, against), evidence.medians(c, norm)) for c in MODALITIES}
+    what = f"median divergence, {backbone_label('', norm)} / {backbone_label('', against)}"
+    return find(effects, what, FIG2, format_factor, **rule)
+
+# %% ../../nbs/74_claims.ipynb #cell-11-2
+def judge_divergence(evidence: Evidence, reference: float | None = None) -> Finding:
+    "Judge whether ResNet's divergence exceeds that of its null by a quarter, or a reference."
+    medians = {c: evidence.medians(c, "bn") for c in MODALITIES}
+    below = {c: evidence.medians(c, "bn", "null") if reference is None else np.full_like(medians[c], reference) for c in MODALITIES}
+    if not all(np.isfinite(values).all() for values in below.values()):
+        return Finding("no null divergence: the validation tiles show 1 place only", UNTESTED, n=len(medians["rgb"]))
+    effects = {title_of(c): log_ratio(below[c], medians[c]) for c in MODALITIES}
+    what = "median divergence of ResNet101 / " + ("null divergence" if reference is None else f"{reference:g}")
+    beyond = RATIO_MARGIN if reference is None else 0.0
+    return find(effects, what, FIG2, format_factor, beyond=beyond, margin=0.0)
+
+# %% ../../nbs/74_claims.ipynb #layers-code
 def judge_layers(evidence: Evidence, norm: str) -> Finding:
     "Judge whether a net diverges less than ResNet in more than half of the layers."
-    rows = {c: evidence.per_seed(c, norm) for c in MODALITY}
-    effects = {MODALITY[c]: combine(100 * own.below / own.layers - 50) for c, own in rows.items()}
+    rows = {c: evidence.per_seed(c, norm) for c in MODALITIES}
+    effects = {title_of(c): combine(100 * own.below / own.layers - 50) for c, own in rows.items()}
     return find(effects, "share of layers with lower divergence than ResNet's, points above half", FIG2, margin=5.0)
 
+# %% ../../nbs/74_claims.ipynb #layers-code-2
+def judge_depth(evidence: Evidence, norms: Sequence[str]) -> Finding:
+    "Judge whether the divergence of all nets falls with depth."
+    effects = {}
+    for norm in norms:
+        for c in MODALITIES:
+            own = evidence.layers[(evidence.layers.trained_on == c) & (evidence.layers.norm == norm)]
+            curves = own.pivot(index="seed", columns="depth", values="divergence").to_numpy()
+            effects[f"{backbone_label('', norm)} {title_of(c)}"] = depth_contrast(curves)
+    return find(effects, "divergence, last third of the layers / first third", FIG2, format_factor, **FALL)
 
-def judge_depth(evidence: Evidence, norm: str) -> Finding:
-    "Judge whether divergence falls with depth."
-    own = evidence.layers.query("norm == @norm and estimator == 'sample'")
-    curves = {c: own[own.trained_on == c].pivot(index="seed", columns="depth", values="divergence").to_numpy() for c in MODALITY}
-    effects = {MODALITY[c]: depth_contrast(curve) for c, curve in curves.items()}
-    return find(effects, f"divergence of {NETS[norm]}, last third of the layers / first third", FIG2, write_factor, **FALL)
+# %% ../../nbs/74_claims.ipynb #slope-code
+def judge_slope(evidence: Evidence, tested: str) -> Finding:
+    "Judge whether nets with less divergence score higher on their own or the other modality, from a line through the nets of each seed."
+    effects = {}
+    for c in MODALITIES:
+        seeds = evidence.relation[evidence.relation.trained_on == c].groupby("seed")
+        effects[title_of(c)] = combine([np.polyfit(np.log10(nets["median"]), nets[tested], 1)[0] for _, nets in seeds])
+    return find(effects, f"mIoU on the {tested} modality per tenfold divergence, points", FIG2, sign=-1)
+
+# %% ../../nbs/74_claims.ipynb #shares-code
+def share_curves(evidence: Evidence, trained: str, part: str) -> list[np.ndarray]:  # one per seed, points, ordered from the input
+    "Return the share of IN or BN in every SwitchNorm of IBN-s."
+    tables = [switch_weights(r.model()) for r in evidence.one(trained, "ibn_s")]
+    return [100 * table.groupby("depth")[part].mean().to_numpy() for table in tables]
 
 
 def judge_shares(evidence: Evidence) -> Finding:
-    "Judge whether SwitchNorm's share of instance moments falls with depth."
+    "Judge whether the share of IN falls with depth and that of BN grows."
     effects = {}
-    for channels, name in MODALITY.items():
-        nets = [r for r in evidence.cross if (r.run.channels, r.run.norm) == (channels, "ibn_s")]
-        thirds = [np.array_split(switch_weights(r.model()).groupby("depth").IN.mean().to_numpy(), 3) for r in nets]
-        effects[name] = combine([100 * (last.mean() - first.mean()) for first, _, last in thirds])
-    return find(effects, "share of IN, last third of the SwitchNorms − first third, points", FIG2, sign=-1)
+    for c in MODALITIES:
+        for part, sign in (("IN", -1), ("BN", 1)):
+            thirds = [np.array_split(curve, 3) for curve in share_curves(evidence, c, part)]
+            effects[f"{part}, {title_of(c)}"] = combine([sign * (last.mean() - first.mean()) for first, _, last in thirds])
+    return find(effects, "shares of the last third against the first: fall of IN, rise of BN, points", FIG2)
 
 
-def judge_cause(evidence: Evidence) -> Finding:
-    "Judge whether runs with less divergence score higher on their own modality, from a line through the nets of each seed."
-    effects = {}
-    for channels, name in MODALITY.items():
-        seeds = evidence.relation[evidence.relation.trained_on == channels].groupby("seed")
-        effects[name] = combine([np.polyfit(np.log10(nets["median"]), nets.own, 1)[0] for _, nets in seeds])
-    return find(effects, "own mIoU per tenfold divergence, points", FIG2, sign=-1)
+def judge_spread(evidence: Evidence) -> Finding:
+    "Judge whether the share of IN depends on depth."
+    effects = {title_of(c): combine([curve.std() for curve in share_curves(evidence, c, "IN")]) for c in MODALITIES}
+    return find(effects, "standard deviation of IN's share over depth, points", FIG2, beyond=5.0)
 
-# %% ../../nbs/74_claims.ipynb #cell-11
-S, A, R, TWO, THREE = {"norm": "ibn_s"}, {"norm": "ibn_a"}, {"norm": "bn"}, "table2_backbones", "table3_losses"
-EIGHT = [{"depth": depth, "norm": norm} for depth in (50, 101) for norm in NETS]
-LOSSES = [A | {"dice": float(d), "lovasz": float(lv)} for d in (0, 1) for lv in (0, 1)]
+# %% ../../nbs/74_claims.ipynb #history-code
+def converged_at(
+    loss: np.ndarray,  # per iteration
+    share: float = 0.9,  # of its fall
+) -> float:  # share of the iterations, in (0, 1]; 1: it never fell
+    "Return when a loss, smoothed over a twentieth of the run, has made a share of its fall."
+    window = max(len(loss) // 20, 1)
+    smooth = np.convolve(loss, np.full(window, 1 / window), "valid")
+    fallen = (smooth[0] - smooth) / max(smooth[0] - smooth[-1], 1e-12)
+    return float(np.argmax(fallen >= share) + 1) / len(smooth) if smooth[-1] < smooth[0] else 1.0
+
+
+def judge_convergence(evidence: Evidence, slow: dict, fast: dict, what: str) -> Finding:
+    "Judge whether one loss takes longer to converge than another."
+    losses = ([pd.read_csv(r.folder / "history.csv").loss.to_numpy() for r in evidence.pick(**fields)] for fields in (fast, slow))
+    effect = log_ratio(*([converged_at(loss) for loss in own] for own in losses))
+    return find({"": effect}, f"iterations to 90 % of the fall of the loss, {what}", THREE, format_factor, **RISE)
+
+# %% ../../nbs/74_claims.ipynb #judges-1
+S, A, R = {"norm": "ibn_s"}, {"norm": "ibn_a"}, {"norm": "bn"}
+LOSSES = {f"λ1 = {d}, λ2 = {lv}": A | {"dice": float(d), "lovasz": float(lv)} for lv in (0, 1) for d in (0, 1)}
+BCE, DICE, LOVASZ, HYBRID = LOSSES.values()
+SEVEN = {backbone_label(d, norm): {"depth": d, "norm": norm} for d, norm in TABLE2.index if (d, norm) != (101, "ibn_s")}
+HALF = {"sign": -1, "beyond": float(np.log(2))}
 JUDGES: dict[str, Callable[[Evidence], Finding]] = {
-    "naive_fusion": lambda e: e.differ(S, R, "NRGB: IBN-Net101-s − ResNet101", TWO),
-    "less_divergence": partial(judge_ratio, norm="ibn_s"),
-    "nrgb_gain": lambda e: e.differ(S, S | {"channels": "rgb"}, "IBN-Net101-s: NRGB − RGB alone", TWO),
-    "figure2": partial(judge_ratio, norm="ibn_a"),
-    "val_gain": lambda e: e.differ(S | {"lovasz": 1.0}, R, "IBN-Net101-s, hybrid loss − ResNet101", THREE),
-    "decay_rgb": lambda e: e.decay("rgb"),
-    "decay_nir3": lambda e: e.decay("nir3"),
+    "less_divergence": partial(judge_ratio, norm="ibn_s", **HALF),
+    "nrgb_gain": partial(judge_gain, ours=R, others=R | {"channels": "rgb"}, what="ResNet101: NRGB − RGB", table=TWO),
+    "divergence_exists": judge_divergence,
+    "figure2": partial(judge_ratio, norm="ibn_a", **HALF),
+    "val_gain": partial(judge_gain, ours=S | {"lovasz": 1.0}, others=R, what="IBN-Net101-s, hybrid loss − ResNet101", table=THREE),
+    "huge_divergence": partial(judge_divergence, reference=HUGE_DIVERGENCE),
+    "bad_generalization": partial(judge_slope, tested="other"),
+    "decay_rgb": partial(judge_decay, trained="rgb"),
+    "decay_nir3": partial(judge_decay, trained="nir3"),
     "most_layers": partial(judge_layers, norm="ibn_a"),
-    "ibn_gain": lambda e: e.differ(A, R, "NRGB: IBN-Net101-a − ResNet101", TWO),
-    "deeper_layers": partial(judge_depth, norm="ibn_a"),
-    "depth_choice": judge_shares,
-    "best_backbone": lambda e: e.best(EIGHT[-1], EIGHT[:-1], "IBN-Net101-s − each of the other seven", TWO),
-    "gain_over_resnet": lambda e: e.differ(S, R, "IBN-Net101-s − ResNet101", TWO),
-    "gain_over_ibn_a": lambda e: e.differ(S, A, "IBN-Net101-s − IBN-Net101-a", TWO),
-    "dice_gain": lambda e: e.differ(LOSSES[2], LOSSES[0], "IBN-Net101-a: BCE + Dice − BCE", THREE),
-    "best_loss": lambda e: e.best(LOSSES[3], LOSSES[:3], "IBN-Net101-a: hybrid − each of the other three", THREE),
-    "cause": judge_cause,
+    "filters_appearance": judge_transfer,
+    "ibn_gain": partial(judge_gain, ours=A, others=R, what="NRGB: IBN-Net101-a − ResNet101", table=TWO),
+    "deeper_layers": partial(judge_depth, norms=("bn", "ibn_a")),
 }
-BEYOND = {"test_score": "the test set's labels are not published"} | {k: v for k, v in UNSUPPORTED.items() if k not in JUDGES}
+
+# %% ../../nbs/74_claims.ipynb #judges-2
+JUDGES |= {
+    "in_share_falls": judge_shares,
+    "best_backbone": partial(judge_best, own=S, others=SEVEN, what="IBN-Net101-s − each of the other seven", table=TWO),
+    "depth_choice": judge_spread,
+    "gain_over_resnet": partial(judge_gain, ours=S, others=R, what="NRGB: IBN-Net101-s − ResNet101", table=TWO),
+    "gain_over_ibn_a": partial(judge_gain, ours=S, others=A, what="NRGB: IBN-Net101-s − IBN-Net101-a", table=TWO),
+    "slow_ce": partial(judge_convergence, slow=BCE, fast=DICE, what="BCE / BCE + Dice"),
+    "dice_gain": partial(judge_gain, ours=DICE, others=BCE, what="IBN-Net101-a: BCE + Dice − BCE", table=THREE),
+    "lovasz_gain": partial(judge_gain, ours=LOVASZ, others=BCE, what="IBN-Net101-a: BCE + Lovász − BCE", table=THREE),
+    "best_loss": partial(
+        judge_best, own=HYBRID, others={k: v for k, v in LOSSES.items() if v != HYBRID},
+        what="IBN-Net101-a: hybrid − each of the other three", table=THREE,
+    ),
+    "cause": partial(judge_slope, tested="own"),
+    "better_tackle": partial(judge_ratio, norm="ibn_s", against="ibn_a", **FALL),
+}  # fmt: skip
+
+# %% ../../nbs/74_claims.ipynb #judges-3
+SAME = {"naive_fusion": "gain_over_resnet", "bad_ce": "dice_gain"}  # claim → the claim with the same comparison
+BEYOND = {
+    "test_score": "the test set's labels are not published",
+    "test_gain": "the test set's labels are not published; the validation half is ibn_gain",
+    "dice_smooth": "no run minimizes negative IoU; by calculation, both gradients have the same direction (00_paper)",
+    "ignores_negatives": "no run is needed: true of the misprinted eq. 5 only; the loss has a gradient at every negative pixel (00_paper)",
+    "lovasz_iou": "no run minimizes the plain IoU loss",
+    "all_pretrained": "concerns the authors' runs; no public ImageNet weights have SwitchNorm, so IBN-s starts it afresh",
+    "capacity": "needs section 7's interventions; by count, IBN-a has as many parameters as ResNet, IBN-s 180 more",
+} | {k: v for k, v in UNSUPPORTED.items() if k not in JUDGES}
 
 # %% ../../nbs/74_claims.ipynb #cell-14
 def judge_claims(
     results: Sequence[Result],  # of `tables.all_runs`
     workspace: Workspace,
-) -> pd.DataFrame:  # a row per claim: key, where, sentence, printed, those of `Finding`, holm: the verdict after Holm's adjustment
-    "Judge every claim."
-    evidence, rows = Evidence(results, workspace), {}
-    too_short = results[0].run.recipe.iterations < LEARNS_FROM
+) -> pd.DataFrame:  # a row per claim: key, where, sentence, printed, those of `Finding`, same_as, holm, data
+    "Judge every claim; `holm` is the verdict after Holm's adjustment over the distinct comparisons."
+    evidence, run = Evidence(results, workspace), results[0].run
+    found = {key: Finding(reason, UNTESTED) for key, reason in BEYOND.items()} | {key: judge(evidence) for key, judge in JUDGES.items()}
+    if run.recipe.iterations < LEARNS_FROM:
+        found = {key: finding._replace(verdict=UNTESTED, p=np.nan) for key, finding in found.items()}
+    adjusted = holm({key: finding.p for key, finding in found.items() if np.isfinite(finding.p)})
+    rows = []
     for claim in CLAIMS:
-        found = Finding(BEYOND[claim.key], UNTESTED) if claim.key in BEYOND else JUDGES[claim.key](evidence)
-        found = found._replace(verdict=UNTESTED) if too_short else found
-        rows[claim.key] = (claim.where, claim.sentence, claim.printed, *found)
-    columns = ["where", "sentence", "printed", *Finding._fields]
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("key").reset_index()
-    adjusted = table.key.map(holm(table.dropna(subset="p").set_index("key").p.to_dict()))
-    is_lost = table.verdict.isin((AGREES, DISAGREES)) & ~(adjusted < 1 - LEVEL)
-    return table.assign(holm=table.verdict.mask(is_lost, UNDECIDED))
+        same = SAME.get(claim.key, "")
+        own = found[same or claim.key]
+        is_lost = own.verdict in (AGREES, DISAGREES) and not adjusted[same or claim.key] < 1 - LEVEL
+        after = UNDECIDED if is_lost else own.verdict
+        rows.append((claim.key, claim.where, claim.sentence, claim.printed, *own, same, after, run.edition.title))
+    return pd.DataFrame(rows, columns=["key", "where", "sentence", "printed", *Finding._fields, "same_as", "holm", "data"])
+
+# %% ../../nbs/74_claims.ipynb #claims-table
+TITLES = {TABLE_1: "Table 1", TWO: "Table 2", THREE: "Table 3", FIG2: "Figure 2"}
 
 
 def claims_table(
@@ -233,15 +359,61 @@ def claims_table(
     "Format the verdicts; without the paper's data and schedule they concern the direction only."
     run = results[0].run
     is_papers = run.edition.is_papers and run.recipe == Recipe()
-    titles = {"table1": "Table 1", "table2": "Table 2", "table3": "Table 3", "fig2": "Figure 2"}
-    links = [f"[{titles[t.split('_')[0]]}](../index.html#{t})" if t else "–" for t in judged.table]
     verdicts = [f"**{v}**" if v in (AGREES, DISAGREES) else v for v in judged.verdict]
+    same = [f" (one comparison with {key})" if key else "" for key in judged.same_as]
     return pd.DataFrame({
         "claim": [f"“{sentence}”" for sentence in judged.sentence],
         "printed": [f"{p:g}" if p == p and p is not None else "–" for p in judged.printed],
-        "measured here": judged.measured.tolist(),
-        "detectable": [f"{d:.1f}" if d == d else "–" for d in judged.detectable],
+        "measured here": (judged.measured + same).tolist(),
+        "95 % interval": judged.interval.tolist(),
+        "agrees if": judged.rule.tolist(),
+        "seeds": [str(n) if n else "–" for n in judged.n],
+        "detectable": judged.detectable.tolist(),
         "verdict" if is_papers else f"direction, on {run.edition.title}": verdicts,
         "after Holm": judged.holm.tolist(),
-        "seen in": links,
-    }, index=pd.Index(judged["where"], name=""))
+        "seen in": [f"[{TITLES[t]}](index.html#{t})" if t else "–" for t in judged.table],
+    }, index=pd.Index(judged["where"], name=""))  # fmt: skip
+
+# %% ../../nbs/74_claims.ipynb #matrix-code
+def claims_matrix(
+    judged: pd.DataFrame,  # of `judge_claims`
+    others: Sequence[str | Path] = (),  # results folders of other data sets, each with tables/claims.csv
+) -> pd.DataFrame:  # verdict per claim (where, key) and data set
+    "Collect the verdicts on several data sets."
+    tables = [judged]
+    for path in (Path(folder).expanduser() / "tables" / "claims.csv" for folder in others):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: make it with agrivision reproduce claims --out {path.parents[1]}")
+        tables.append(pd.read_csv(path))
+    columns: dict[str, pd.Series] = {}
+    for table in tables:
+        missing = {"where", "key", "n", "holm", "data"} - set(table.columns)
+        if missing:
+            raise ValueError(f"a claims.csv lacks {', '.join(sorted(missing))}: it is from another version; make it again")
+        n = int(table.n.max())
+        title = f"{table.data[0]}, {n} seed{'s' * (n > 1)}"
+        if title in columns:
+            raise ValueError(f"two folders judge the claims on {title}: name one folder per data set")
+        columns[title] = table.set_index(["where", "key"]).holm
+    return pd.DataFrame(columns).reindex(pd.MultiIndex.from_frame(judged[["where", "key"]])).fillna(UNTESTED)
+
+# %% ../../nbs/74_claims.ipynb #matrix-draw
+VERDICT_COLORS = {
+    AGREES: "#009e73", DISAGREES: "#d55e00", NO_EFFECT: "#56b4e9", UNDECIDED: "#e0e0e0", NOT_JUDGED: "#f4f4f4", UNTESTED: "white",
+}  # fmt: skip
+
+
+def draw_matrix(matrix: pd.DataFrame) -> Figure:  # of `claims_matrix`
+    "Draw the verdicts, a row per claim and a column per data set."
+    rows, columns = matrix.shape
+    fig, ax = plt.subplots(figsize=(3.2 + 2.6 * columns, 0.9 + 0.24 * rows), dpi=80, layout="constrained")
+    for y, verdicts in enumerate(matrix.to_numpy()):
+        for x, verdict in enumerate(verdicts):
+            ax.add_patch(plt.Rectangle((x, y), 1, 1, facecolor=VERDICT_COLORS[verdict], edgecolor="0.7", linewidth=0.6))
+            ax.text(x + 0.5, y + 0.5, verdict, ha="center", va="center", fontsize=7.5)
+    ax.set(xlim=(0, columns), ylim=(rows, 0), xticks=np.arange(columns) + 0.5, yticks=np.arange(rows) + 0.5)
+    ax.set_xticklabels(matrix.columns, fontsize=8)
+    ax.set_yticklabels([f"{key.replace('_', ' ')} ({where})" for where, key in matrix.index], fontsize=7.5)
+    ax.tick_params(length=0, labeltop=True, labelbottom=False)
+    plt.close(fig)
+    return fig

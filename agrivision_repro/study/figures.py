@@ -17,21 +17,23 @@ from torch import Tensor, nn
 
 from ..analysis.divergence import TRUST, divergence, divergence_by_class, draw_divergence
 from ..analysis.moments import batch_mean
+from ..analysis.significance import format_factor, log_ratio
 from ..core import replace_file
-from ..data.batches import TileDataset, scoring_loader
+from ..data.batches import CHANNEL_LABELS, TileDataset, scoring_loader
+from ..models.backbones import backbone_label
 from ..models.norms import SwitchNorm2d
 from ..plots import CURVE_COLORS
 from ..runs.store import Result
 from ..runs.workspace import Workspace
+from .modality import MODALITIES, OTHER
 
 # %% auto #0
-__all__ = ['ESTIMATORS', 'MODALITIES', 'NETS', 'THIRDS', 'inputs_of', 'read_divergence', 'run_divergence', 'figure2_scores',
-           'average_seeds', 'draw_figure2', 'reduce_curve', 'figure2_medians', 'figure2_table', 'class_divergence',
-           'switch_weights', 'draw_switch_weights', 'divergence_and_score', 'rank_correlation', 'draw_relation']
+__all__ = ['ESTIMATORS', 'THIRDS', 'inputs_of', 'read_divergence', 'run_divergence', 'figure2_scores', 'average_seeds',
+           'draw_figure2', 'reduce_curve', 'figure2_medians', 'figure2_table', 'class_divergence', 'switch_weights',
+           'draw_switch_weights', 'divergence_and_score', 'rank_correlation', 'draw_relation']
 
 # %% ../../nbs/68_figures.ipynb #cell-05
 ESTIMATORS = ("sample", "pixel", batch_mean(2))
-MODALITIES = ("rgb", "nir3")
 
 
 def inputs_of(feed: TileDataset) -> Iterator[Tensor]:  # `(B, 3, H, W)`
@@ -60,9 +62,6 @@ def run_divergence(
     return read_divergence(path)
 
 # %% ../../nbs/68_figures.ipynb #cell-06
-NETS = {"bn": "ResNet", "ibn_a": "IBN-Net-a", "ibn_b": "IBN-Net-b", "ibn_s": "IBN-Net-s"}
-
-
 def figure2_scores(
     results: Sequence[Result],  # of `tables.fig2`
     workspace: Workspace,
@@ -90,9 +89,11 @@ def draw_figure2(scores: pd.DataFrame) -> Figure:
     "Draw Figure 2: one panel per training modality, one curve per net."
     own = scores[scores.estimator == "sample"]
     panels = {}
-    for trained, name in zip(MODALITIES, ("RGB", "NIR"), strict=True):
+    for trained in MODALITIES:
         curves = own[own.trained_on == trained]
-        panels[f"trained on {name}"] = {NETS[norm]: average_seeds(curves[curves.norm == norm]) for norm in NETS if norm in set(curves.norm)}
+        panels[f"trained on {CHANNEL_LABELS[trained]}"] = {
+            backbone_label("", norm): average_seeds(curves[curves.norm == norm]) for norm in curves.norm.unique()
+        }
     figure = draw_divergence(panels)
     figure.set_dpi(72)  # for the page; files have a higher resolution
     return figure
@@ -122,19 +123,24 @@ def figure2_medians(
         rows.append({"trained_on": trained, "norm": norm, "seed": seed, **reduce_curve(curve), "below": below})
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/68_figures.ipynb #figure2-table
 def figure2_table(
     medians: pd.DataFrame,  # of `figure2_medians`
 ) -> pd.DataFrame:  # text cells; rows: nets
-    "Format the medians as mean ± standard deviation over seeds, and the layers with lower divergence than ResNet."
-    columns = {}
-    for trained, name in zip(MODALITIES, ("RGB", "NIR"), strict=True):
-        for norm, own in medians[medians.trained_on == trained].groupby("norm"):
-            spread = f" ± {own['median'].std():.2f}" if len(own) > 1 else ""
-            columns.setdefault(f"Here: trained on {name}, median", {})[NETS[norm]] = f"{own['median'].mean():.2f}{spread}"
-            below = "–" if norm == "bn" else f"{own.below.mean():.0f} of {own.layers.iloc[0]}"
-            columns.setdefault(f"Here: trained on {name}, layers below ResNet", {})[NETS[norm]] = below
-    return pd.DataFrame(columns).reindex([net for net in NETS.values() if net in next(iter(columns.values()))])
+    "Format the medians as mean ± standard deviation over seeds, their ratio to ResNet's, and the layers with lower divergence."
+    columns: dict[str, dict[str, str]] = {}
+    for trained in MODALITIES:
+        own, title = medians[medians.trained_on == trained].sort_values("seed"), f"trained on {CHANNEL_LABELS[trained]}"
+        resnet = own[own.norm == "bn"]["median"]
+        for norm, rows in own.groupby("norm", sort=False):
+            spread = f" ± {rows['median'].std():.2f}" if len(rows) > 1 else ""
+            is_compared = norm != "bn" and len(resnet) == len(rows)
+            ratio = format_factor(log_ratio(resnet.to_numpy(), rows["median"].to_numpy())) if is_compared else "–"
+            below = f"{rows.below.mean():.0f} of {rows.layers.iloc[0]}" if is_compared else "–"
+            cells = (f"{rows['median'].mean():.2f}{spread}", ratio, below, str(len(rows)))
+            for column, cell in zip(("median", "/ ResNet", "layers below ResNet", "seeds"), cells, strict=True):
+                columns.setdefault(f"{title}, {column}", {})[backbone_label("", norm)] = cell
+    return pd.DataFrame(columns)
 
 # %% ../../nbs/68_figures.ipynb #class-code
 def class_divergence(
@@ -168,14 +174,14 @@ def draw_switch_weights(
 ) -> Figure:
     "Draw the shares of IN, LN and BN against depth."
     fig, axes = plt.subplots(2, 2, figsize=(9, 4.6), dpi=72, sharex=True, sharey=True, layout="constrained")
-    for column, (trained, name) in enumerate(zip(MODALITIES, ("RGB", "NIR"), strict=True)):
+    for column, trained in enumerate(MODALITIES):
         tables = [switch_weights(r.model()) for r in results if (r.run.norm, r.run.channels) == ("ibn_s", trained)]
         shares = pd.concat(tables).groupby(["of", "depth"])[["IN", "LN", "BN"]].mean()
         for row, moment in enumerate(("mean", "variance")):
             for part, color in zip(("IN", "LN", "BN"), CURVE_COLORS, strict=False):
                 axes[row, column].plot(shares.loc[moment].index, shares.loc[moment][part], "o-", color=color, markersize=3, label=part)
             axes[row, column].axhline(1 / 3, color="0.8", linewidth=0.8, zorder=0)
-            axes[row, column].set_title(f"trained on {name}: {moment}", fontsize=9)
+            axes[row, column].set_title(f"trained on {CHANNEL_LABELS[trained]}: {moment}", fontsize=9)
     axes[0, 0].legend(fontsize=7, frameon=False)
     fig.supxlabel("SwitchNorm, counted from the input", fontsize=9)
     fig.supylabel("share after softmax", fontsize=9)
@@ -190,8 +196,7 @@ def divergence_and_score(
     "Add each run's multi-label scores to its divergence."
     table = figure2_medians(scores).set_index(["trained_on", "norm", "seed"])
     for r in results:
-        other = next(m for m in MODALITIES if m != r.run.channels)
-        for column, tested in (("own", r.run.channels), ("other", other)):
+        for column, tested in (("own", r.run.channels), ("other", OTHER[r.run.channels])):
             table.loc[(r.run.channels, r.run.norm, r.run.seed), column] = 100 * r.score(tested)
     return table.reset_index()
 
@@ -206,14 +211,14 @@ def draw_relation(relation: pd.DataFrame) -> Figure:
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), dpi=72, layout="constrained")
     for ax, tested in zip(axes, ("own", "other"), strict=True):
         lines = []
-        for trained, marker, name in (("rgb", "o", "RGB"), ("nir3", "^", "NIR")):
+        for trained, marker in zip(MODALITIES, "o^", strict=True):
             own = relation[relation.trained_on == trained]
-            for norm, color in zip(NETS, CURVE_COLORS, strict=False):
-                points = own[own.norm == norm]
-                label = NETS[norm] if marker == "o" else None
+            for k, norm in enumerate(own.norm.unique()):
+                points, color = own[own.norm == norm], CURVE_COLORS[k % len(CURVE_COLORS)]
+                label = backbone_label("", norm) if marker == "o" else None
                 ax.plot(points["median"], points[tested], marker, color=color, label=label, markersize=5, alpha=0.8)
             r, sign = rank_correlation(own["median"], own[tested]), {"o": "●", "^": "▲"}[marker]
-            lines.append(f"trained on {name} ({sign}): " + (f"{r:+.2f}" if r == r else "too few points"))
+            lines.append(f"trained on {CHANNEL_LABELS[trained]} ({sign}): " + (f"{r:+.2f}" if r == r else "too few points"))
         ax.set_title(f"tested on the {tested} modality\nrank correlation, {'; '.join(lines)}", fontsize=8)
         ax.set(xlabel="median divergence", ylabel="multi-label mIoU, %")
     axes[0].legend(fontsize=7)

@@ -10,57 +10,70 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from agrivision_repro.data.batches import IMAGENET, Statistics, select_channels, thin_out
+from agrivision_repro.data.batches import CHANNEL_LABELS, IMAGENET, Statistics, select_channels, thin_out
 from agrivision_repro.data.tiles import Tile, as_panels, pack_labels, paint_labels, unpack_labels
 from agrivision_repro.plots import show_panels
 from agrivision_repro.report.render import format_score, spread
 from agrivision_repro.runs.store import METRIC_NAMES, Result
 from agrivision_repro.runs.workspace import Workspace
+from agrivision_repro.study.compare import score_gain, tabulate_gains
 from agrivision_repro.study.paper import TABLE1
 from agrivision_repro.training.evaluate import METRICS
 
 
+MODALITIES = ("rgb", "nir3")
+OTHER = {"rgb": "nir3", "nir3": "rgb"}
+
 def modality_scores(
     results: Sequence[Result],  # of `tables.table1`
-) -> pd.DataFrame:  # means over classes in %; columns metric, trained_on, tested_on, mean, sd, n, background_only, paper
-    "Average Table 1's scores over seeds."
+) -> pd.DataFrame:  # means over classes in %; metric, trained_on, tested_on, mean, sd, n, background_only, decay, decay_sd; on the paper's data, paper
+    "Average Table 1's scores, and the decay on the other modality, over seeds."
     rows = []
     for metric in METRICS:
-        for trained in TABLE1:
+        for trained in MODALITIES:
             own = [r for r in results if r.run.channels == trained]
-            for tested in TABLE1.index:
-                values = [100 * r.score(tested, metric) for r in own]
+            for tested in MODALITIES:
+                values = np.array([100 * r.score(tested, metric) for r in own])
+                decays = np.array([100 * r.score(trained, metric) for r in own]) - values
                 background = 100 * own[0].scores[tested][metric]["background_only"]
                 paper = TABLE1.loc[tested, trained] if metric == "multilabel" else np.nan
-                rows.append((metric, trained, tested, np.mean(values), spread(values), len(values), background, paper))
-    return pd.DataFrame(rows, columns=["metric", "trained_on", "tested_on", "mean", "sd", "n", "background_only", "paper"])
-
-
-MODALITY = {"rgb": "RGB", "nir3": "NIR"}
+                row = (metric, trained, tested, values.mean(), spread(values), len(values), background, decays.mean(), spread(decays), paper)
+                rows.append(row)
+    columns = ["metric", "trained_on", "tested_on", "mean", "sd", "n", "background_only", "decay", "decay_sd", "paper"]
+    table = pd.DataFrame(rows, columns=columns)
+    return table if results[0].run.edition.is_papers else table.drop(columns="paper")
 
 
 def modality_table(
     scores: pd.DataFrame,  # of `modality_scores`
-) -> pd.DataFrame:  # text cells; rows (metric, test), columns ours and the paper's
-    "Format Table 1 in the paper's layout, with separate columns for our numbers and the paper's."
-    columns = {}
-    for trained, name in MODALITY.items():
-        own = scores[scores.trained_on == trained].set_index(["metric", "tested_on"])
-        here, papers = {}, {}
-        for metric in scores.metric.unique():
-            title, cells = METRIC_NAMES[metric], own.loc[metric]
-            other = next(m for m in MODALITY if m != trained)
-            for tested in MODALITY:
-                here[title, f"Test on {MODALITY[tested]}"] = format_score(cells.loc[tested, "mean"], cells.loc[tested, "sd"])
-                papers[title, f"Test on {MODALITY[tested]}"] = format_paper(cells.loc[tested, "paper"])
-            here[title, "Perf. decay"] = format_score(cells.loc[trained, "mean"] - cells.loc[other, "mean"])
-            papers[title, "Perf. decay"] = format_paper(cells.loc[trained, "paper"] - cells.loc[other, "paper"])
-            here[title, "Baseline: background everywhere"], papers[title, "Baseline: background everywhere"] = (
-                format_score(cells.loc[trained, "background_only"]),
-                "–",
-            )
-        columns |= {f"Here: train on {name}": here, f"Paper: train on {name}": papers}
-    return pd.DataFrame(columns)[sorted(columns, key=lambda name: str(name).startswith("Paper"))]
+) -> pd.DataFrame:  # text cells; rows (metric, test), columns ours and, on the paper's data, the paper's
+    "Format Table 1 in the paper's layout, mean ± standard deviation over seeds."
+    here: dict[str, dict] = {}
+    paper: dict[str, dict] = {}
+    for (trained, metric), cells in scores.groupby(["trained_on", "metric"], sort=False):
+        own, title = cells.set_index("tested_on"), METRIC_NAMES[metric]
+        ours = {(title, f"Test on {CHANNEL_LABELS[m]}"): format_score(*own.loc[m, ["mean", "sd"]]) for m in MODALITIES}
+        ours[title, "Perf. decay"] = format_score(*own.loc[OTHER[trained], ["decay", "decay_sd"]])
+        ours[title, "Baseline: background everywhere"] = format_score(own.loc[trained, "background_only"])
+        here.setdefault(f"Here: train on {CHANNEL_LABELS[trained]}", {}).update(ours)
+        if "paper" in own:
+            printed = [own.paper[m] for m in MODALITIES] + [own.paper[trained] - own.paper[OTHER[trained]], np.nan]
+            theirs = dict(zip(ours, map(format_paper, printed), strict=True))
+            paper.setdefault(f"Paper: train on {CHANNEL_LABELS[trained]}", {}).update(theirs)
+    return pd.DataFrame(here | paper)
+
+
+def modality_decays(
+    results: Sequence[Result],  # of `tables.table1`
+    workspace: Workspace,
+) -> pd.DataFrame:  # of `compare.tabulate_gains`
+    "Compare the score on the own modality with the score on the other one."
+    decays = {}
+    for trained in MODALITIES:
+        own = sorted((r for r in results if r.run.channels == trained), key=lambda r: r.run.seed)
+        name, other = CHANNEL_LABELS[trained], CHANNEL_LABELS[OTHER[trained]]
+        decays[f"trained on {name}, {name}", other] = score_gain(own, own, workspace, others_on=OTHER[trained])
+    return tabulate_gains(decays)
 
 
 def format_paper(value: float) -> str:
@@ -104,14 +117,14 @@ def modality_picture(
 ) -> Figure:
     "Draw RGB and NIR of validation tiles beside the predictions of both models on both modalities."
     run, rows = results[0].run, []
-    trained = {c: next(r for r in results if r.run.channels == c) for c in MODALITY}
+    trained = {c: next(r for r in results if r.run.channels == c) for c in MODALITIES}
     models = {c: (result.model(), result.statistics) for c, result in trained.items()}
     candidates = thin_out(workspace.tiles(run, "val"), 200)
     for tile in _most_varied(candidates, len(run.edition.classes), n_tiles):
         row = as_panels(tile)
         for own, (model, statistics) in models.items():
-            for shown, name in MODALITY.items():
+            for shown in MODALITIES:
                 labels = predict_labels(model, tile, shown, statistics)
-                row[f"{MODALITY[own]} model on {name}"] = paint_labels(labels, tile.valid)
+                row[f"{CHANNEL_LABELS[own]} model on {CHANNEL_LABELS[shown]}"] = paint_labels(labels, tile.valid)
         rows.append(row)
     return show_panels(rows, classes=run.edition.classes)

@@ -138,6 +138,12 @@ def test_wheel_carries_the_table_notebooks(wheel):
     assert "table1_modality.ipynb" in inside and "agrivision_repro/py.typed" in wheel.namelist()  # its types are for others to use
 
 
+def test_wheel_carries_the_templates_of_the_report(wheel):
+    inside = {Path(n).name: wheel.read(n) for n in wheel.namelist() if n.startswith("agrivision_repro/report/templates/")}
+    assert inside == {p.name: p.read_bytes() for p in (ROOT / "agrivision_repro" / "report" / "templates").iterdir()}
+    assert inside.keys() == {"report.html.j2", "notebook.html.j2"}
+
+
 def test_wheel_asks_for_no_notebooks(wheel):
     "Jupyter and nbdev come with extras only."
     metadata = wheel.read(next(n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))).decode()

@@ -122,9 +122,9 @@ def test_paper_plan_on_a_laptop(command, tmp_path):
 def test_names_tell_runs_apart():
     twins = [PAPER, replace(PAPER, dice=0.0), replace(PAPER, channels="nir3")]
     assert name_runs(twins) == [
-        "ResNet101 on rgb, seed 0 (dice=1.0)",
-        "ResNet101 on rgb, seed 0 (dice=0.0)",
-        "ResNet101 on nir3, seed 0",
+        "ResNet101 on RGB, seed 0 (dice=1.0)",
+        "ResNet101 on RGB, seed 0 (dice=0.0)",
+        "ResNet101 on NIR, seed 0",
     ]
 
 
@@ -264,7 +264,7 @@ def test_the_command_names_what_failed(trained, command):
         "reproduce", "table1_modality", "--scale", "smoke", "--seeds", "1", "--out", trained.workspace.out, "--ray", "auto"
     )
     assert code == 1 and text.startswith("report: ")
-    assert len(complaints) == 2 and complaints[0].startswith("agrivision: ResNet101 on rgb, seed 1 failed: ValueError: ")
-    assert complaints[1].startswith("agrivision: table1_modality failed: its run ResNet101 on rgb, seed 1 failed: ")
+    assert len(complaints) == 2 and complaints[0].startswith("agrivision: ResNet101 on RGB, seed 1 failed: ValueError: ")
+    assert complaints[1].startswith("agrivision: table1_modality failed: its run ResNet101 on RGB, seed 1 failed: ")
     assert "is not a complete safetensors file" in complaints[0]
     assert trained.workspace.finished(whole) and not trained.workspace.finished(broken)

@@ -18,13 +18,14 @@ import papermill
 import psutil
 import pytest
 
+from agrivision_repro.analysis.significance import NOT_JUDGED
 from agrivision_repro.cli.reproduce import _warn_of_replacing
 from agrivision_repro.runs.launch import launch
 from agrivision_repro.runs.run import plan_run
 from agrivision_repro.runs.store import RunFolder
 from agrivision_repro.runs.workspace import Workspace
 from agrivision_repro.study.claims import JUDGES, UNTESTED
-from agrivision_repro.study.paper import CLAIMS, TABLE2, TABLE3
+from agrivision_repro.study.paper import CLAIMS
 from agrivision_repro.study.tables import TABLES, all_runs, table1, table_notebook
 from agrivision_repro.training.evaluate import METRICS
 
@@ -94,8 +95,8 @@ class Cells(HTMLParser):
 # --- every number comes from the trainings
 
 
-def test_23_trainings_serve_eight_notebooks(out):
-    assert len(list(out.glob("runs/*/scores.json"))) == len(all_runs()) == 23
+def test_24_runs_serve_eight_notebooks(out):
+    assert len(list(out.glob("runs/*/scores.json"))) == len(all_runs()) == 24
     assert all((out / "notebooks" / f"{name}.html").is_file() for name in TABLES)
 
 
@@ -120,23 +121,20 @@ def test_tables_2_and_3(out, name):
     assert set(table.metric) == set(METRICS) and table["class"].nunique() == 8
     for (metric, row), cells in table.groupby(["metric", "row"]):
         fields = {"channels": "rgbn", "dice": 1.0, "lovasz": 0.0, "depth": int(re.search(r"\d+", row)[0]) if "Net" in row else 101}
-        fields["norm"] = "bn" if row.startswith("ResNet") else f"ibn_{re.search(r'Net[0-9]+-([abs])', row)[1]}" if "Net" in row else "ibn_a"
+        fields["norm"] = "bn" if "ResNet" in row else f"ibn_{re.search(r'Net[0-9]+-([abs])', row)[1]}" if "Net" in row else "ibn_a"
         if weights := re.search(r"λ1 = (\d), λ2 = (\d)", row):
             fields |= {"dice": float(weights[1]), "lovasz": float(weights[2])}
-        if light := re.search(r", (RGB with red repeated|RGB alone|NIR alone)", row):
-            fields["channels"] = {"RGB with red repeated": "rgbr", "RGB alone": "rgb", "NIR alone": "nir3"}[light[1]]
+        if light := re.search(r", (RGB with red repeated|RGB|NIR)$", row):
+            fields["channels"] = {"RGB with red repeated": "rgbr", "RGB": "rgb", "NIR": "nir3"}[light[1]]
         own = scores_of(out, **fields)[fields["channels"]][metric]
         found = cells["mean"].to_numpy()
         wanted = [*own["per_class"], own["mean"]]
         np.testing.assert_allclose(found, [np.nan if v is None else 100 * v for v in wanted], atol=1e-9)
 
 
-def test_the_papers_numbers_stand_in_their_own_columns(out):
-    for name, paper, rows in (("table2_backbones", TABLE2, 8), ("table3_losses", TABLE3, 4)):
-        means = pd.read_csv(out / "tables" / f"{name}.csv").query("`class` == 'mean' and metric == 'multilabel'").paper.dropna()
-        assert means.tolist() == paper["mean"].tolist() and len(means) == rows
-        shown = (out / "tables" / f"{name}.md").read_text().splitlines()
-        assert shown[0].count("Paper: mean IoU") == 1 and all("| – |" in line[-6:] for line in shown[2:])  # no gap: not its data
+def test_the_papers_numbers_stand_in_no_table_of_other_data(out):
+    for name in ("table1_modality", "table2_backbones", "table3_losses"):
+        assert "paper" not in pd.read_csv(out / "tables" / f"{name}.csv") and "Paper" not in (out / "tables" / f"{name}.md").read_text()
 
 
 def test_tile_counts_add_up_to_the_scores(out):
@@ -144,7 +142,7 @@ def test_tile_counts_add_up_to_the_scores(out):
     found = pd.read_csv(out / "tables" / "table3_losses-differences.csv").iloc[0]
     means = pd.read_csv(out / "tables" / "table3_losses.csv").query("`class` == 'mean' and metric == 'multilabel'").set_index("row")["mean"]
     assert found.difference == pytest.approx(means[found["of"]] - means[found["against"]], abs=1e-9)
-    assert found.low <= found.difference <= found.high
+    assert found.verdict == NOT_JUDGED and np.isnan(found.low)  # one seed
 
 
 def test_every_claim_has_a_verdict(out):
@@ -152,6 +150,9 @@ def test_every_claim_has_a_verdict(out):
     assert judged.key.tolist() == [claim.key for claim in CLAIMS]
     assert set(judged.verdict) == {UNTESTED}  # in ten iterations nothing is learned
     assert judged.set_index("key").loc[list(JUDGES), "measured"].str.contains(r"\d").all()
+    matrix = pd.read_csv(out / "tables" / "claims_matrix.csv")
+    assert matrix.key.tolist() == judged.key.tolist() and matrix.iloc[:, -1].tolist() == judged.holm.tolist()
+    assert "claims_matrix.png" in (out / "index.html").read_text()
 
 
 def test_every_number_of_the_report_is_in_its_files(out):
@@ -238,7 +239,7 @@ def test_a_notebook_opened_by_hand_overwrites_nothing(copy):
     done = papermill.execute_notebook(
         str(table_notebook("table1_modality")), str(copy / "by_hand.ipynb"), own, kernel_name="python3", progress_bar=False, cwd=str(copy)
     )
-    assert before == {p: p.read_bytes() for p in before} and len(list(copy.glob("runs/*"))) == 23
+    assert before == {p: p.read_bytes() for p in before} and len(list(copy.glob("runs/*"))) == 24
     printed = "".join(output.get("text", "") for cell in done.cells if cell.cell_type == "code" for output in cell.outputs)
     assert "table: synthetic-smoke/tables/table1_modality.csv, .md, .tex, .html\n" in printed
     for name in ("tables/table1_modality.csv", "tables/table1_modality.md"):
@@ -259,7 +260,7 @@ def test_the_papers_scale_without_data_or_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     done = agrivision("reproduce", "--scale", "paper", "--data", "agrivision-2020", "--out", tmp_path / "out")
     assert done.returncode == 2
-    assert "23 Runs, 0 finished" in done.stdout and "4,431 of them to score" in done.stdout and len(done.stdout.splitlines()) < 45
+    assert "24 Runs, 0 finished" in done.stdout and "4,431 of them to score" in done.stdout and len(done.stdout.splitlines()) < 45
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("agrivision: ")]
     assert "nothing was started" in line and "--data-root" in line and "no GPU was found" in line
     assert not (tmp_path / "out").exists()

@@ -72,4 +72,4 @@ def test_the_command_over_two_processes(tmp_path):
     "Started by torchrun it trains once and speaks once."
     printed = run(*TWO, "--no-python", BIN / "agrivision", "train", "--scale", "smoke", "--out", tmp_path, "-p", "norm=ibn_s")
     assert printed.count("tested on rgbn") == 1
-    assert list_runs(tmp_path).title.tolist() == ["IBN-Net101-s on rgbn, seed 0"]
+    assert list_runs(tmp_path).title.tolist() == ["IBN-Net101-s on NRGB, seed 0"]

@@ -1,0 +1,47 @@
+"""The one comparison of two configurations that tables and claims share: paired by seed, with its interval and verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from agrivision_repro.analysis.significance import Effect, judge, paired_effect
+from agrivision_repro.runs.store import Result
+from agrivision_repro.runs.workspace import Workspace
+
+
+def score_gain(
+    ours: Sequence[Result],  # one per seed
+    others: Sequence[Result],  # of the same seeds in the same order
+    workspace: Workspace,
+    ours_on: str = "",  # test input of `ours`; "": the channels that they were trained on
+    others_on: str = "",
+) -> Effect:  # points of multi-label mIoU
+    "Estimate what one configuration gains over another."
+    own, other = ([r.tile_counts(on) for r in some] for some, on in ((ours, ours_on), (others, others_on)))
+    fields = workspace.fields(ours[0].run)
+    return paired_effect(other, own, fields if len(set(fields)) > 1 else None)  # a single field: its tiles are drawn
+
+
+def tabulate_gains(
+    effects: Mapping[tuple[str, str], Effect],  # (of, against) → effect; `of` is the one that the paper calls better
+) -> pd.DataFrame:  # one row per pair: of, against, difference, low, high, n, detectable, verdict
+    "Judge differences."
+    rows = [(*pair, e.estimate, *e.interval(), e.n_seeds, e.detectable, judge(e)) for pair, e in effects.items()]
+    return pd.DataFrame(rows, columns=["of", "against", "difference", "low", "high", "n", "detectable", "verdict"])
+
+
+def format_gains(
+    gains: pd.DataFrame,  # of `tabulate_gains`
+) -> pd.DataFrame:  # text cells
+    "Format differences; without an interval for a single seed."
+    ends = [f"{low:+.1f} to {high:+.1f}" if np.isfinite(low) else "–" for low, high in zip(gains.low, gains.high, strict=True)]
+    return pd.DataFrame({
+        "difference, points": [f"{d:+.1f}" for d in gains.difference],
+        "95 % interval": ends,
+        "seeds": gains.n.astype(str).tolist(),
+        "detectable": [f"{d:.1f}" if np.isfinite(d) else "–" for d in gains.detectable],
+        "verdict": gains.verdict.tolist(),
+    }, index=gains["of"] + " against " + gains["against"])  # fmt: skip
