@@ -33,7 +33,7 @@ def check_pixels(
         raise ValueError(f"targets have values from {targets.min()} to {targets.max()}: wanted 0 or 1, one map per class")
     return present
 
-
+# %% ../nbs/30_losses.ipynb #9189caee
 def widen(x: Tensor) -> Tensor:
     "Convert half precision to float32 before anything is summed; float64 stays."
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -177,7 +177,7 @@ def fetch_checkpoint(
         raise ValueError(f"{path} has SHA-256 {found[:8]}…, wanted {prefix}…: delete it and download {url} again")
     return read_checkpoint(path)
 
-
+# %% ../../nbs/22_backbones.ipynb #4d81e1d7
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     "Load a PyTorch checkpoint that contains only tensors, no executable content."
     try:
@@ -280,7 +280,7 @@ def spread(x: Tensor) -> float:  # of `(B, C, H, W)`
     "Return the standard deviation over batch and positions, root mean square over channels."
     return x.double().var((0, 2, 3)).mean().sqrt().item()
 
-
+# %% ../../nbs/22_backbones.ipynb #2c738ace
 @torch.no_grad()
 def branch_spreads(
     model: nn.Module,  # in evaluation mode; contains timm's residual blocks

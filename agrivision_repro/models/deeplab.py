@@ -33,7 +33,7 @@ def conv_norm_relu(
     layers = [conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, *([nn.Dropout(dropout)] if dropout else []))
 
-
+# %% ../../nbs/24_deeplab.ipynb #021e5eb0
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     "Resize `(B, C, h, w)` to `size` as the authors do."
     return interpolate(x, size=size, mode="bilinear", align_corners=True)

@@ -105,7 +105,7 @@ class SumOverProcesses(Function):
         distributed.all_reduce(total)
         return total
 
-
+# %% ../../nbs/20_norms.ipynb #3afb6c46
 def pool_batch(
     mean: Tensor,  # `(B, C)`
     variance: Tensor,  # biased, `(B, C)`
@@ -237,7 +237,7 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         pool = partial(batch_moments, self, n_pixels=x.shape[2:].numel(), sync=True)
         return normalize(x, pool, self.weight, self.bias, eps=self.eps)
 
-
+# %% ../../nbs/20_norms.ipynb #aede6699
 def sync_norms(
     model: nn.Module,  # changed in place; its state dict keys stay the same
     sync_switch: bool = False,  # also SwitchNorm2d, which the authors do not synchronize

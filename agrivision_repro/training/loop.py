@@ -5,7 +5,7 @@
 # %% ../../nbs/52_training.ipynb #cell-02
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -25,8 +25,8 @@ from .evaluate import score_model
 from .schedule import Recipe, learning_rate
 
 # %% auto #0
-__all__ = ['SAVE_EVERY', 'LOG_EVERY', 'Trainer', 'history_table', 'draw_history', 'save_state', 'load_state', 'fit',
-           'any_process_signalled', 'recalibrate_norms', 'report_progress', 'check_finite', 'evaluate']
+__all__ = ['SAVE_EVERY', 'LOG_EVERY', 'Trainer', 'history_table', 'draw_history', 'save_state', 'load_state', 'load_batches',
+           'any_process_signalled', 'recalibrate_norms', 'evaluate', 'check_finite', 'report_progress', 'fit']
 
 # %% ../../nbs/52_training.ipynb #cell-27
 class Trainer:
@@ -94,7 +94,7 @@ def history_table(trainer: Trainer) -> pd.DataFrame:  # a row per iteration, fro
     table = pd.DataFrame(torch.stack(trainer.history).cpu().numpy(), columns=trainer.columns)
     return table.set_index(pd.RangeIndex(1, len(table) + 1, name="iteration"))
 
-
+# %% ../../nbs/52_training.ipynb #3c1eef3d
 def draw_history(
     history: pd.DataFrame,  # of `history_table`
     evaluations: Sequence[tuple[int, float]] = (),  # iteration, mIoU in [0, 1]
@@ -119,7 +119,7 @@ def save_state(trainer: Trainer, path: Path) -> None:
     records = {"history": torch.stack(trainer.history), "evaluations": torch.tensor(trainer.evaluations, dtype=torch.float64)}
     save_tensors({**weights, **momentum, **records}, path, iteration=trainer.iteration)
 
-
+# %% ../../nbs/52_training.ipynb #78b701ba
 def load_state(
     trainer: Trainer,  # changed in place
     path: Path,
@@ -138,43 +138,20 @@ SAVE_EVERY = 250  # iterations between saved states, half a gigabyte each for th
 LOG_EVERY = 10  # iterations between reads of the loss, which synchronize the GPU
 
 
-def fit(
-    trainer: Trainer,  # fresh, or with a state loaded
-    feed: TileDataset,
-    state: Path,  # file of the state; the best weights are saved beside it
-    *,
-    validation: TileDataset | None = None,  # scored every `evaluate_every` iterations
-    title: str = "",  # label of the progress bar
-    save_every: int = SAVE_EVERY,  # iterations
-) -> None:
-    "Train to the end of the recipe; on a signal, saves the state and raises Stopped."
-    recipe, accelerator = trainer.recipe, trainer.engine.accelerator
-    stream = SampleStream(feed.tiles, trainer.seed, recipe.crop, recipe.augmentation, feed.weights)
-    prepare, last = feed.prepare(trainer.engine.device), recipe.iterations
-    shares = {"micro_batches": trainer.micro_batches, "n_micro_batches": trainer.n_micro_batches}
-    loader = training_loader(stream, recipe.batch_size, trainer.iteration, last, prepare=prepare, **shares)
-    counts = {"total": last * recipe.batch_size, "initial": trainer.iteration * recipe.batch_size, "unit": "tile"}
-    shown = {"desc": title, "leave": False, "dynamic_ncols": True, "disable": not accelerator.is_main_process}
-    trainer.model.train()
-    with defer_signals() as received, tqdm(**counts, **shown) as bar:
-        for batches in zip(*[loader] * len(trainer.micro_batches), strict=True):
-            row = trainer.step(batches)
-            signum = any_process_signalled(received, trainer.engine)
-            is_kept = trainer.iteration % save_every == 0 or signum > 0
-            if is_kept or trainer.iteration % LOG_EVERY == 0 or trainer.iteration == last:
-                check_finite(trainer, stream)
-                report_progress(trainer, bar, row)
-            if trainer.iteration == last and recipe.recalibrate:
-                recalibrate_norms(trainer, feed)
-            if validation and (trainer.iteration % recipe.evaluate_every == 0 or trainer.iteration == last):
-                evaluate(trainer, validation, state.with_name("best.safetensors"))
-            if is_kept and accelerator.is_main_process:
-                save_state(trainer, state)
-            if signum:
-                raise Stopped(signum)
-            bar.update(recipe.batch_size)
+def _make_stream(trainer: Trainer, feed: TileDataset) -> SampleStream:
+    "Return the endless stream of training samples of a trainer."
+    return SampleStream(feed.tiles, trainer.seed, trainer.recipe.crop, trainer.recipe.augmentation, feed.weights)
 
-# %% ../../nbs/52_training.ipynb #cell-38
+
+def load_batches(trainer: Trainer, feed: TileDataset) -> Iterator[tuple[Batch, ...]]:
+    "Load the micro-batches of each remaining iteration that belong to this process."
+    recipe, prepare = trainer.recipe, feed.prepare(trainer.engine.device)
+    shares = {"micro_batches": trainer.micro_batches, "n_micro_batches": trainer.n_micro_batches}
+    stream = _make_stream(trainer, feed)
+    loader = training_loader(stream, recipe.batch_size, trainer.iteration, recipe.iterations, prepare=prepare, **shares)
+    return zip(*[loader] * len(trainer.micro_batches), strict=True)
+
+# %% ../../nbs/52_training.ipynb #f7ce00ef
 def any_process_signalled(received: list[int], engine: Engine) -> int:  # signal number; 0: none received
     "Return the signal that any process received, so that all stop at the same iteration."
     signum = max(received, default=0)
@@ -182,7 +159,7 @@ def any_process_signalled(received: list[int], engine: Engine) -> int:  # signal
         return signum
     return int(engine.accelerator.gather(torch.tensor([signum], device=engine.device)).max())
 
-
+# %% ../../nbs/52_training.ipynb #240afe0e
 def recalibrate_norms(trainer: Trainer, feed: TileDataset) -> None:
     "Re-estimate the running statistics on whole, evenly spread training tiles, the same in every process."
     engine, tiles = trainer.engine, thin_out(feed.tiles, trainer.recipe.recalibrate)
@@ -190,28 +167,7 @@ def recalibrate_norms(trainer: Trainer, feed: TileDataset) -> None:
     with engine.autocast():
         recalibrate(trainer.bare_model, (batch.x.contiguous(memory_format=torch.channels_last) for batch in batches))
 
-
-def report_progress(trainer: Trainer, bar: tqdm, row: Tensor) -> None:
-    "Show the latest row of the history in the progress bar and log it to the trackers."
-    values = dict(zip(trainer.columns, row.tolist(), strict=True))
-    trainer.engine.accelerator.log(values, step=trainer.iteration)
-    rate = values.pop("lr")
-    bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()} | {"lr": f"{rate:.2g}"}, refresh=False)
-
-
-def check_finite(trainer: Trainer, stream: SampleStream) -> None:
-    "Raise ValueError if the loss is not finite, with the first such iteration and its tiles."
-    recent = torch.stack(trainer.history[-LOG_EVERY:])
-    bad = (~recent.isfinite().all(1)).nonzero()[:, 0].tolist()
-    if bad:
-        iteration, size = trainer.iteration - len(recent) + bad[0], trainer.recipe.batch_size  # from 0
-        names = [stream.tiles[stream[k].index].name for k in range(iteration * size, (iteration + 1) * size)]
-        raise ValueError(
-            f"the loss is {float(recent[bad[0], 1])} at iteration {iteration + 1} (tiles {', '.join(names[:8])}"
-            f"{', …' if len(names) > 8 else ''}): lower the learning rate; the last good state is kept"
-        )
-
-
+# %% ../../nbs/52_training.ipynb #bc74c273
 def evaluate(trainer: Trainer, validation: TileDataset, best: Path) -> None:
     "Score the current model and save its weights if no earlier score was as high."
     if trainer.engine.accelerator.num_processes > 1:
@@ -224,3 +180,68 @@ def evaluate(trainer: Trainer, validation: TileDataset, best: Path) -> None:
     trainer.engine.accelerator.log({"validation mIoU": mean}, step=trainer.iteration)
     if is_best and trainer.engine.accelerator.is_main_process:
         save_tensors(trainer.bare_model.state_dict(), best, iteration=trainer.iteration)
+
+# %% ../../nbs/52_training.ipynb #5c0207be
+def _evaluate_if_due(trainer: Trainer, feed: TileDataset, validation: TileDataset | None, best: Path) -> None:
+    "Re-estimate the running statistics after the last iteration; score the model there and every `evaluate_every` iterations."
+    recipe, is_last = trainer.recipe, trainer.iteration == trainer.recipe.iterations
+    if is_last and recipe.recalibrate:
+        recalibrate_norms(trainer, feed)
+    if validation and (is_last or trainer.iteration % recipe.evaluate_every == 0):
+        evaluate(trainer, validation, best)
+
+# %% ../../nbs/52_training.ipynb #9213f4cd
+def check_finite(trainer: Trainer, feed: TileDataset) -> None:
+    "Raise ValueError if the loss is not finite, with the first such iteration and its tiles."
+    recent = torch.stack(trainer.history[-LOG_EVERY:])
+    bad = (~recent.isfinite().all(1)).nonzero()[:, 0].tolist()
+    if bad:
+        iteration, size = trainer.iteration - len(recent) + bad[0], trainer.recipe.batch_size  # from 0
+        stream = _make_stream(trainer, feed)
+        names = [stream.tiles[stream[k].index].name for k in range(iteration * size, (iteration + 1) * size)]
+        raise ValueError(
+            f"the loss is {float(recent[bad[0], 1])} at iteration {iteration + 1} (tiles {', '.join(names[:8])}"
+            f"{', …' if len(names) > 8 else ''}): lower the learning rate; the last good state is kept"
+        )
+
+# %% ../../nbs/52_training.ipynb #78c2a751
+def report_progress(trainer: Trainer, bar: tqdm, row: Tensor) -> None:
+    "Show the latest row of the history in the progress bar and log it to the trackers."
+    values = dict(zip(trainer.columns, row.tolist(), strict=True))
+    trainer.engine.accelerator.log(values, step=trainer.iteration)
+    rate = values.pop("lr")
+    bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()} | {"lr": f"{rate:.2g}"}, refresh=False)
+
+
+def _make_bar(trainer: Trainer, title: str) -> tqdm:
+    "Make the progress bar of a run, counted in tiles; only the first process shows it."
+    recipe, is_hidden = trainer.recipe, not trainer.engine.accelerator.is_main_process
+    counts = {"total": recipe.iterations * recipe.batch_size, "initial": trainer.iteration * recipe.batch_size, "unit": "tile"}
+    return tqdm(**counts, desc=title, leave=False, dynamic_ncols=True, disable=is_hidden)
+
+# %% ../../nbs/52_training.ipynb #218a4d4b
+def fit(
+    trainer: Trainer,  # fresh, or with a state loaded
+    feed: TileDataset,
+    state: Path,  # file of the state; the best weights are saved beside it
+    *,
+    validation: TileDataset | None = None,  # scored every `evaluate_every` iterations
+    title: str = "",  # label of the progress bar
+    save_every: int = SAVE_EVERY,  # iterations
+) -> None:
+    "Train to the end of the recipe; on a signal, saves the state and raises Stopped."
+    trainer.model.train()
+    with defer_signals() as received, _make_bar(trainer, title) as bar:
+        for batches in load_batches(trainer, feed):
+            row = trainer.step(batches)
+            signum = any_process_signalled(received, trainer.engine)
+            is_kept = trainer.iteration % save_every == 0 or signum > 0
+            if is_kept or trainer.iteration == trainer.recipe.iterations or trainer.iteration % LOG_EVERY == 0:
+                check_finite(trainer, feed)
+                report_progress(trainer, bar, row)
+            _evaluate_if_due(trainer, feed, validation, state.with_name("best.safetensors"))
+            if is_kept and trainer.engine.accelerator.is_main_process:
+                save_state(trainer, state)
+            if signum:
+                raise Stopped(signum)
+            bar.update(trainer.recipe.batch_size)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
-from agrivision_repro.data.batches import SampleStream, TileDataset, training_loader
+from agrivision_repro.data.batches import TileDataset
 from agrivision_repro.data.editions import open_tiles
 from agrivision_repro.data.synthetic_files import SyntheticConfig, write_synthetic
 from agrivision_repro.losses import HybridLoss
@@ -25,7 +25,7 @@ from agrivision_repro.runs.workspace import Workspace
 from agrivision_repro.training.checkpoint import save_tensors
 from agrivision_repro.training.engine import Engine, make_engine
 from agrivision_repro.training.evaluate import score_model, score_tiles
-from agrivision_repro.training.loop import Trainer
+from agrivision_repro.training.loop import Trainer, load_batches
 from agrivision_repro.training.schedule import Recipe
 
 RECIPE = Recipe(1, 2, 1, lr=0.05, batch_size=8, crop=32, width=1 / 16, pretrained=False)
@@ -61,12 +61,9 @@ def make_model(norm: str) -> nn.Module:
 
 def train(norm: str, loss: nn.Module, feed: TileDataset, engine: Engine, out: Path) -> None:
     trainer = Trainer(make_model(norm), loss, RECIPE, seed=0, engine=engine, sync_switch=True)
-    stream = SampleStream(feed.tiles, 0, 32)
-    shares = {"micro_batches": trainer.micro_batches, "n_micro_batches": trainer.n_micro_batches}
-    loader = training_loader(stream, 8, 0, RECIPE.iterations, prepare=feed.prepare("cpu"), **shares)
     trainer.model.train()
-    for batch in loader:
-        trainer.step([batch])
+    for batches in load_batches(trainer, feed):
+        trainer.step(batches)
     scores = score_model(trainer.bare_model, feed, engine)
     if engine.accelerator.is_main_process:
         save_tensors(trainer.bare_model.state_dict() | {"history": torch.stack(trainer.history)}, out.with_suffix(".safetensors"))
