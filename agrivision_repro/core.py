@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -25,15 +25,14 @@ def worker_pool(
     "Make a pool of processes, or None for one worker, which is this process."
     if n_workers < 2:
         return nullcontext()
-    return ProcessPoolExecutor(n_workers, initializer=_exit_with_parent, initargs=(os.getpid(),))
+    return ProcessPoolExecutor(n_workers, initializer=_exit_with_parent)
 
 
-def _exit_with_parent(parent: int) -> None:
-    "Exit this process soon after its parent has ended."
+def _exit_with_parent() -> None:
+    "Exit this process soon after the process that made the pool has ended; with a fork server, that is not its parent in the system."
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
+        multiprocessing.parent_process().join()
         os._exit(1)
 
     Thread(target=watch, daemon=True).start()

@@ -1,4 +1,4 @@
-"""`agrivision data`: check, stats, show, pack, unpack, fetch."""
+"""`agrivision data`: check, stats, show, pack, split, unpack, fetch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-data_app = typer.Typer(help="Unpack, check, describe, show and pack a data set.", no_args_is_help=True)
+data_app = typer.Typer(help="Unpack, split, check, describe, show and pack a data set.", no_args_is_help=True)
 
 
 _Root = Annotated[Path, typer.Argument(help="Folder of the data set.")]
@@ -78,6 +78,22 @@ def pack(root: _Root, data: DataName = "", workers: _Workers = 0):
     for tiles in open_splits(data, root):
         packed = pack_split(tiles, pack_folder(data, root), workers, shows_progress=True)
         print(f"{packed.folder}: {len(packed)} tiles, fingerprint {packed.fingerprint}")
+
+
+@data_app.command()
+def split(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder with images/{rgb,nir} and labels/CLASS, without train and val.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    val: Annotated[float, typer.Option(help="Share of the fields for val.")] = 0.2,
+    seed: Annotated[int, typer.Option(min=0, help="Seed that draws the fields of val.")] = 0,
+):
+    "Copy a data set that is in one folder into train and val, by field: the text before the first underscore of a name."
+    from agrivision_repro.data.editions import field_of
+    from agrivision_repro.data.split import split_by_field
+
+    for name, tiles in split_by_field(source, folder, val, seed).items():
+        print(f"{name}: {len(tiles)} tiles of {len(set(map(field_of, tiles)))} fields")
+    print(f"{folder}: next, agrivision data check {folder}")
 
 
 @data_app.command()

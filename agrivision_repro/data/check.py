@@ -21,7 +21,7 @@ from tqdm import tqdm
 from agrivision_repro.core import worker_pool
 from agrivision_repro.data.counts import CHANNEL_NAMES, count_table, count_tile, mean_and_std
 from agrivision_repro.data.editions import detect_edition, find_edition, open_splits
-from agrivision_repro.data.tiles import BadFile, Tile, Tiles, places_in_both
+from agrivision_repro.data.tiles import BadFile, Tile, Tiles, list_images, places_in_both
 
 FAULTS = {
     "missing": "a tile lacks one of its files",
@@ -134,7 +134,7 @@ def _find_strays(tiles: Tiles) -> list[Fault]:
     if not tiles.binary_roles:
         return []
     known = {path for name in tiles.names for role, path in tiles.files(name).items() if role in tiles.binary_roles}
-    found = {path for folder in {path.parent for path in known} for path in folder.glob("[!.]*.png")}
+    found = {path for folder in {path.parent for path in known} for path in list_images(folder)}
     strays = sorted(path for path in found - known if tiles.holds(path.stem))
     message = "belongs to no tile of this split: its RGB image is missing, or it is a leftover"
     return [Fault("without image", str(path.relative_to(tiles.root)), f"{path} {message}") for path in strays]

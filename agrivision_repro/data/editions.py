@@ -8,17 +8,29 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from .readers import CROPS, AgNet, UrbanTrees
-from .tiles import BadFile, Tile, Tiles, need_folders, pack_labels, read_image
+from agrivision_repro.data.tiles import (
+    BadFile,
+    Tile,
+    Tiles,
+    describe_folder,
+    list_images,
+    need_folders,
+    pack_labels,
+    read_image,
+    split_hint,
+)
 
 # %% auto #0
-__all__ = ['AGRIVISION_2020', 'AGRIVISION_2021', 'AGRIVISION_CREDIT', 'EDITIONS', 'field_of', 'AgricultureVision',
+__all__ = ['AGRIVISION_2020', 'AGRIVISION_2021', 'AGRIVISION_CREDIT', 'EDITIONS', 'field_of', 'find_tiles', 'AgricultureVision',
            'AgricultureVisionYears', 'Edition', 'find_edition', 'home_of', 'detect_edition', 'open_tiles',
            'open_splits', 'fingerprint']
 
@@ -36,6 +48,20 @@ def field_of(
     return name.split("_")[0]
 
 # %% ../../nbs/11_editions.ipynb #cell-16
+def find_tiles(
+    folder: Path,  # with one image per tile
+) -> list[str]:
+    "List the names of the tiles; raise ValueError if there are files, but no image, or two of one name."
+    images = list_images(folder)
+    for one, two in pairwise(sorted(images, key=lambda path: path.stem)):
+        if one.stem == two.stem:
+            raise ValueError(f"{folder} has {one.name} and {two.name}: keep one")
+    if not images and (others := Counter(path.suffix for path in folder.iterdir() if path.name[0] != ".")):
+        found = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in others.most_common(8))
+        raise ValueError(f"{folder} has no JPEG, PNG or TIFF file (it has {found}): convert the tiles")
+    return [path.stem for path in images]
+
+
 class AgricultureVision(Tiles):
     "A split in the layout of the Agriculture-Vision challenges."
 
@@ -52,33 +78,41 @@ class AgricultureVision(Tiles):
         return field_of(name)
 
     def find_names(self) -> list[str]:
-        homes, found = self.find_homes(), {}
+        homes = self.find_homes()
         self.labeled = self.split not in self.unlabelled
         self.label_roles = self.classes[1:] if self.labeled else ()
         needed = [f"{self.images}/rgb", f"{self.images}/nir", *(f"{self.labels}/{c}" for c in self.label_roles)]
         need_folders(self.root, [f"{home.relative_to(self.root)}/{f}" for home in homes for f in needed], self.layout)
-        for home in homes:
-            found |= {path.stem: home for path in (home / self.images / "rgb").glob("[!.]*.jpg") if self.holds(path.stem)}
-        self.home = found
         self.mask_roles = [m for m in self.masks if all((home / m).is_dir() for home in homes)]
         self.unscored_roles = [c for c in self.unscored if self.label_roles and all((h / self.labels / c).is_dir() for h in homes)]
         self.binary_roles = (*self.label_roles, *self.unscored_roles, *self.mask_roles)
         if len(self.mask_roles) < len(self.masks):
             lacking = "/ or ".join(self.masks)
             warnings.warn(f"{homes[0]} lacks {lacking}/: the pixels that they would mask count as valid", stacklevel=3)
-        return sorted(found)
+        self.suffixes = {folder: self.find_suffixes(role, folder) for home in homes for role, folder in self.folders(home).items()}
+        self.home = {name: home for home in homes for name in find_tiles(home / self.images / "rgb") if self.holds(name)}
+        return sorted(self.home)
 
     def find_homes(self) -> list[Path]:
         "List the folders that contain images, labels and masks."
         return [self.root / self.split]
 
+    def folders(self, home: Path) -> dict[str, Path]:
+        "Return the folder of each role."
+        labels = {c: home / self.labels / c for c in (*self.label_roles, *self.unscored_roles)}
+        return {role: home / self.images / role for role in ("rgb", "nir")} | labels | {m: home / m for m in self.mask_roles}
+
+    def find_suffixes(self, role: str, folder: Path) -> list[str]:
+        "List the suffixes of the images in a folder, the layout's own first."
+        usual = ".jpg" if role in ("rgb", "nir") else ".png"
+        return sorted({path.suffix for path in list_images(folder)}, key=lambda suffix: (suffix != usual, suffix)) or [usual]
+
     def files(self, name: str) -> dict[str, Path]:
-        home = self.home[name]
-        return {
-            **{role: home / self.images / role / f"{name}.jpg" for role in ("rgb", "nir")},
-            **{c: home / self.labels / c / f"{name}.png" for c in (*self.label_roles, *self.unscored_roles)},
-            **{m: home / m / f"{name}.png" for m in self.mask_roles},
-        }
+        found = {}
+        for role, folder in self.folders(self.home[name]).items():
+            paths = [folder / f"{name}{suffix}" for suffix in self.suffixes[folder]]
+            found[role] = next((path for path in paths[1:] if not paths[0].is_file() and path.is_file()), paths[0])
+        return found
 
     def load(self, role: str, path: Path, size: tuple[int, int] | None) -> np.ndarray:
         pixels = read_image(path, "RGB" if role == "rgb" else "L", size)
@@ -205,8 +239,8 @@ def detect_edition(
     for name, edition in EDITIONS.items():
         if all(any(home_of(edition, Path(root)).glob(clue)) for clue in edition.clues):
             return name
-    found = ", ".join(sorted(p.name for p in Path(root).iterdir())[:8]) or "nothing"
-    raise ValueError(f"{root} looks like none of {', '.join(EDITIONS)} (it contains: {found}): pass its name, or classes:NAME,NAME,…")
+    remedy = split_hint(Path(root)) or "pass its name, or classes:NAME,NAME,…"
+    raise ValueError(f"{root} looks like none of {', '.join(EDITIONS)} ({describe_folder(Path(root))}): {remedy}")
 
 # %% ../../nbs/11_editions.ipynb #cell-30
 def open_tiles(

@@ -5,9 +5,11 @@
 # %% ../../nbs/10_tiles.ipynb #cell-02
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from glob import escape
 from io import BytesIO
 from pathlib import Path
 
@@ -20,9 +22,9 @@ from PIL import Image
 from ..plots import CLASS_COLORS, add_class_legend, draw_panel, paint_classes
 
 # %% auto #0
-__all__ = ['BANDS', 'LZW', 'SMALL', 'Tile', 'pack_labels', 'unpack_labels', 'BadFile', 'decode_small', 'decode_image',
-           'read_image', 'need_folders', 'Tiles', 'places_in_both', 'paint_labels', 'as_panels', 'draw_labels',
-           'contact_sheet']
+__all__ = ['SUFFIXES', 'BANDS', 'LZW', 'SMALL', 'Tile', 'pack_labels', 'unpack_labels', 'list_images', 'missing_file',
+           'need_folders', 'describe_folder', 'split_hint', 'BadFile', 'decode_small', 'decode_image', 'read_image',
+           'Tiles', 'places_in_both', 'paint_labels', 'as_panels', 'draw_labels', 'contact_sheet']
 
 # %% ../../nbs/10_tiles.ipynb #cell-05
 @dataclass(frozen=True)
@@ -70,6 +72,43 @@ def unpack_labels(
     anomalies = [bits & np.uint8(1 << k) != 0 for k in range(n_classes - 1)]
     return np.stack([bits == 0, *anomalies])
 
+# %% ../../nbs/10_tiles.ipynb #files-1
+SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")  # of image files, in lower or upper case
+
+
+def list_images(folder: Path) -> list[Path]:
+    "List the image files of a folder, without hidden ones such as `._NAME.jpg`."
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    return [folder / name for name in names if name[0] != "." and name.lower().endswith(SUFFIXES)]
+
+
+def missing_file(path: Path) -> FileNotFoundError:
+    "Make the error for a missing file of a tile; it lists files of the same name in other formats."
+    others = ", ".join(sorted(other.name for other in path.parent.glob(f"{escape(path.stem)}.*")))
+    found = f" (its folder has {others})" if others else ""
+    return FileNotFoundError(f"{path} is missing{found}: unpack it again, or remove this tile from every folder")
+
+
+def need_folders(root: Path, folders: Sequence[str], layout: str) -> None:
+    "Raise one error that lists every folder that a layout needs and `root` lacks."
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not a folder: pass the folder that contains the data")
+    missing = [f for f in folders if not (root / f).is_dir()]
+    if missing:
+        remedy = split_hint(root) or f"pass the folder that contains {folders[0]}, or choose another data set"
+        raise FileNotFoundError(f"{root} lacks {', '.join(missing)} of the layout {layout!r} ({describe_folder(root)}): {remedy}")
+
+
+def describe_folder(root: Path) -> str:
+    "Describe what a folder contains, in a few words."
+    return f"it contains: {', '.join(sorted(p.name for p in root.iterdir())[:8]) or 'nothing'}"
+
+
+def split_hint(root: Path) -> str:
+    "Return the remedy for a data set in one folder, or an empty text for any other."
+    is_flat = all((root / name).is_dir() for name in ("images/rgb", "labels")) and not (root / "train").is_dir()
+    return f"make train/ and val/ of it with agrivision data split {root} OUT" if is_flat else ""
+
 # %% ../../nbs/10_tiles.ipynb #cell-10
 BANDS = {"L": (), "RGB": (3,), "RGBN": (4,), "I": ()}  # kind of file → shape of its last axis; "I" is int32, the others uint8
 LZW = 5  # code of a TIFF compression that tifffile cannot read without imagecodecs
@@ -96,7 +135,8 @@ def decode_image(
     "Decode an image file."
     if content[:2] in (b"II", b"MM"):
         with tifffile.TiffFile(BytesIO(content)) as tiff:
-            if tiff.pages[0].compression != LZW or tiff.pages[0].samplesperpixel > 1:
+            page = tiff.pages[0]
+            if page.compression != LZW or page.samplesperpixel > 1 and (page.samplesperpixel > 3 or page.dtype != np.uint8):
                 return tiff.asarray()
     with Image.open(BytesIO(content)) as image:
         pixels = np.asarray(image)
@@ -114,7 +154,7 @@ def read_image(
         content = path.read_bytes()
         pixels = (decode_small if len(content) < SMALL else decode_image)(content)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is missing: unpack it again, or remove this tile from every folder") from error
+        raise missing_file(path) from error
     except Exception as error:  # damaged bytes make decoders raise many types, e.g. zlib.error, IndexError, MemoryError
         kind = "truncated" if "truncated" in str(error).lower() else "unreadable"
         raise BadFile(kind, f"{path} cannot be read ({error}): unpack it again") from error
@@ -127,19 +167,6 @@ def read_image(
     return pixels
 
 # %% ../../nbs/10_tiles.ipynb #cell-13
-def need_folders(root: Path, folders: Sequence[str], layout: str) -> None:
-    "Raise one error that lists every folder that a layout needs and `root` lacks."
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder: pass the folder that contains the data")
-    missing = [f for f in folders if not (root / f).is_dir()]
-    if missing:
-        found = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
-        raise FileNotFoundError(
-            f"{root} lacks {', '.join(missing)} of the layout {layout!r} (it contains: {found}): "
-            f"pass the folder that contains {folders[0]}, or choose another data set"
-        )
-
-
 class Tiles(Sequence):
     "The tiles of one split, read from disk on access; each subclass reads one layout."
 
@@ -208,7 +235,7 @@ class Tiles(Sequence):
         files = self.files(name)
         for path in files.values():
             if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing: unpack it again, or remove {name} from every folder")
+                raise missing_file(path)
         return {role: path.stat().st_size for role, path in files.items()}
 
     def __len__(self) -> int:

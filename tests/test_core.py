@@ -1,0 +1,46 @@
+"Pools of processes work, and end with the process that made them, however Python starts processes."
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+SCRIPT = """
+import multiprocessing, os, sys, time
+from agrivision_repro.core import worker_pool
+
+def work(seconds):
+    print(os.getpid(), flush=True)
+    time.sleep(seconds)
+    return seconds
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    with worker_pool(2) as pool:
+        assert list(pool.map(work, [1.5])) == [1.5]  # longer than the watch of the parent takes to notice
+        list(pool.map(work, [100]))
+"""
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])  # Linux: fork up to Python 3.13, forkserver from 3.14
+def test_workers_end_with_the_process_that_made_the_pool(method, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    process = subprocess.Popen([sys.executable, tmp_path / "script.py", method], stdout=subprocess.PIPE, text=True)
+    first, second = (process.stdout.readline().strip() for _ in range(2))
+    assert first and second, "the pool broke"
+    process.kill()
+    process.wait()
+    until = time.monotonic() + 60
+    while is_alive(int(second)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not is_alive(int(second))
