@@ -133,7 +133,8 @@ def known_parameters(
     table: Callable[..., list[Run]],  # a value of `TABLES`
 ) -> set[str]:
     "Return the names of a table notebook's parameters."
-    return {name for takes in (table, Workspace) for name in inspect.signature(takes).parameters}
+    own = {p.name for p in inspect.signature(Workspace).parameters.values() if p.kind is not p.KEYWORD_ONLY}
+    return own | set(inspect.signature(table).parameters)
 
 
 def refuse_unknown(
