@@ -99,7 +99,7 @@ def show(metadata: dict) -> dict:
 
 def link_tables(outputs: list[dict]) -> list[dict]:
     "Point links into the report to the notebook of the same name."
-    return json.loads(re.sub(r"index\.html#(\w+)", r"\1.html", json.dumps(outputs)))
+    return json.loads(re.sub(r"(?:\.\./)?index\.html#(\w+)", r"\1.html", json.dumps(outputs)))
 
 
 def toctree(caption: str, pages: list[str]) -> dict:

@@ -54,6 +54,9 @@ def provenance(engine: Engine) -> dict:  # plain strings and numbers
     }
 
 
+_RECORD = "run.json"
+
+
 class OtherVersion(ValueError):
     "A record has the fields of another version of this package."
 
@@ -96,7 +99,7 @@ class RunFolder:
 
     @property
     def record_file(self) -> Path:
-        return self.path / "run.json"
+        return self.path / _RECORD
 
     @property
     def scores_file(self) -> Path:  # written last
@@ -288,7 +291,7 @@ def run_folders(
     out: str | Path,  # folder of all results
 ) -> list[RunFolder]:
     "Return the folders of all Runs, the oldest first."
-    return [RunFolder(path.parent) for path in sorted(Path(out).glob("runs/*/run.json"), key=lambda p: p.stat().st_mtime)]
+    return [RunFolder(path.parent) for path in sorted(Path(out).glob(f"runs/*/{_RECORD}"), key=lambda p: p.stat().st_mtime)]
 
 
 def find_run(

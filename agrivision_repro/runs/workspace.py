@@ -249,7 +249,7 @@ def _train_and_score(run: Run, workspace: Workspace, trainer: Trainer, folder: R
     if accelerator.is_main_process:
         save_state(trainer, state)
         save_tensors(trainer.bare_model.state_dict(), folder.weights("last"), iteration=iterations["last"])
-        replace_file(folder.weights("best"), lambda p: shutil.copyfile(state.with_name("best.safetensors"), p))
+        replace_file(folder.weights("best"), lambda p: shutil.copyfile(state.with_name(folder.weights("best").name), p))
         replace_file(folder.history, history_table(trainer).to_csv)
     keep(evaluations=trainer.evaluations)
     accelerator.wait_for_everyone()

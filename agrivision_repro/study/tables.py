@@ -138,7 +138,8 @@ def known_parameters(
     *others: str,  # names of the notebook's own parameters
 ) -> set[str]:
     "Return the names of a table notebook's parameters."
-    return {name for takes in (table, Workspace) for name in inspect.signature(takes).parameters} | set(others)
+    own = {p.name for p in inspect.signature(Workspace).parameters.values() if p.kind is not p.KEYWORD_ONLY}
+    return own | set(inspect.signature(table).parameters) | set(others)
 
 
 def refuse_unknown(
