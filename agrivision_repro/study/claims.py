@@ -371,7 +371,7 @@ def claims_table(
         "detectable": judged.detectable.tolist(),
         "verdict" if is_papers else f"direction, on {run.edition.title}": verdicts,
         "after Holm": judged.holm.tolist(),
-        "seen in": [f"[{TITLES[t]}](index.html#{t})" if t else "–" for t in judged.table],
+        "seen in": [f"[{TITLES[t]}](../index.html#{t})" if t else "–" for t in judged.table],
     }, index=pd.Index(judged["where"], name=""))  # fmt: skip
 
 # %% ../../nbs/74_claims.ipynb #matrix-code

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ def predict_turned(
     tta: str,  # a key of `TTA`
 ) -> Tensor:  # logits `(B, C, H, W)` float32
     "Predict rotated and flipped images, and average the logits."
-    return sum(apply_d4(engine.predict(model, apply_d4(x, e)).float(), INVERSE[e]) for e in TTA[tta]) / len(TTA[tta])
+    turned = [apply_d4(engine.predict(model, apply_d4(x, e)).float(), INVERSE[e]) for e in TTA[tta]]
+    return reduce(torch.add, turned) / len(turned)
 
 
 @torch.no_grad()
