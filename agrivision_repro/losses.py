@@ -161,7 +161,7 @@ class DiceLoss(nn.Module):
     def forward(self, logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
         return dice_loss(logits, targets, valid, self.per_class)
 
-
+# %% ../nbs/30_losses.ipynb #cd348dad
 class LovaszLoss(nn.Module):
     "Compute `lovasz_loss` as a module."
 

@@ -48,7 +48,7 @@ def average_alive(
     n_dead = is_dead.sum(-1)
     return channels.masked_fill_(is_dead, 0.0).sum(-1) / (channels.shape[-1] - n_dead), n_dead
 
-
+# %% ../../nbs/42_divergence.ipynb #2b7bbc6f
 def check_pair(a: Measured, b: Measured) -> None:
     "Check that two streams can be compared; raises ValueError otherwise."
     if list(a.layers.items()) != list(b.layers.items()) and a.n_samples and b.n_samples:
@@ -75,7 +75,7 @@ class Places(NamedTuple):
         in_a, in_b = (torch.isin(every, index) for index in (self.of_a, self.of_b))
         return every[in_a & in_b], every[in_a & ~in_b], every[in_b & ~in_a]
 
-
+# %% ../../nbs/42_divergence.ipynb #36ed7887
 def find_places(
     n_a: int,  # samples
     n_b: int,
@@ -113,7 +113,7 @@ def draw_weights(n_resamples: int, n_samples: int, generator: torch.Generator) -
     picks = torch.randint(n_samples, (n_resamples, n_samples), generator=generator)
     return torch.zeros(n_resamples, n_samples).scatter_add_(1, picks, torch.ones(picks.shape))
 
-
+# %% ../../nbs/42_divergence.ipynb #1f495375
 def draw_places(places: Places, n_resamples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:  # `(R, N)`, `(R, M)`
     "Draw places with replacement within each stratum and return the counts of each sample of A and of B."
     weights = torch.zeros(n_resamples, places.n_places)
@@ -122,7 +122,7 @@ def draw_places(places: Places, n_resamples: int, generator: torch.Generator) ->
             weights[:, stratum] = draw_weights(n_resamples, len(stratum), generator)
     return weights[:, places.of_a], weights[:, places.of_b]
 
-
+# %% ../../nbs/42_divergence.ipynb #cd54bb74
 def bootstrap(
     a: Tensor,  # mean per sample, `(N, C)` float32
     b: Tensor,  # `(M, C)`
@@ -161,14 +161,14 @@ def draw_moves(places: Places, n_permutations: int, generator: torch.Generator) 
     observed = torch.tensor([0.0] * both + [1.0] * only_a + [0.0] * only_b)
     return torch.cat([observed[None], torch.cat([swapped, ranks < only_a], 1)]).double()
 
-
+# %% ../../nbs/42_divergence.ipynb #b7fdb2ce
 def moments_of_sums(sums: Tensor) -> tuple[Tensor, Tensor]:  # of `(R, 2C + 1)`: mean and unbiased variance, `(R, C)`
     "Compute moments from sums, sums of squares and counts."
     n_channels, count = sums.shape[1] // 2, sums[:, -1:]
     mean, square = sums[:, :n_channels] / count, sums[:, n_channels:-1]
     return mean, torch.addcmul(square, mean, mean * count, value=-1).clamp_(min=0).div_(count - 1)
 
-
+# %% ../../nbs/42_divergence.ipynb #986e76c9
 def permuted_divergence(
     a: Tensor,  # mean per sample, `(N, C)` float32
     b: Tensor,  # `(M, C)`
@@ -189,7 +189,7 @@ def permuted_divergence(
     drawn = average_alive(*moments_of_sums(permuted_a), *moments_of_sums(total - permuted_a), limit, limit)[0]
     return drawn if places.n_places > 1 else drawn[:1]
 
-
+# %% ../../nbs/42_divergence.ipynb #af2cb879
 def null_and_p(
     divergence: Tensor,  # of `permuted_divergence`, `(1 + R,)`
 ) -> tuple[float, float]:  # NaN if no permutation has a divergence
@@ -221,7 +221,7 @@ def linear_scores(
     learned = x @ w
     return z @ w - (learned[y > 0].mean() + learned[y < 0].mean()) / 2
 
-
+# %% ../../nbs/42_divergence.ipynb #095f9407
 def deal_folds(places: Places, n_folds: int, generator: torch.Generator) -> Tensor:  # fold of each place, `(P,)`
     "Assign the places of A, and those of B, to folds of equal size."
     folds, (both, *others) = torch.zeros(places.n_places, dtype=torch.int64), places.strata()
@@ -230,7 +230,7 @@ def deal_folds(places: Places, n_folds: int, generator: torch.Generator) -> Tens
         folds[stratum[order]] = (first + torch.arange(len(stratum))) % n_folds
     return folds
 
-
+# %% ../../nbs/42_divergence.ipynb #92acb2cf
 def domain_error(
     a: Tensor,  # mean per sample, `(N, C)` float32; a row of NaN: unknown
     b: Tensor,  # `(M, C)`
@@ -268,7 +268,7 @@ def compare(
     table = tabulate(a, b, eps)
     return add_trust(table, a, b, n_resamples, paired, places, seed, eps) if n_resamples else table
 
-
+# %% ../../nbs/42_divergence.ipynb #52ee2784
 def tabulate(a: Measured, b: Measured, eps: float = 0.0) -> pd.DataFrame:  # one row per estimator and layer
     "Make a table of mean and median channel per layer; NaN if a stream has fewer than two values."
     rows, widths = [], list(a.layers.values())
@@ -283,7 +283,7 @@ def tabulate(a: Measured, b: Measured, eps: float = 0.0) -> pd.DataFrame:  # one
 
 TRUST = ["low", "high", "null", "p", "domain_error"]
 
-
+# %% ../../nbs/42_divergence.ipynb #98c17f1e
 def add_trust(
     table: pd.DataFrame,  # of `tabulate`
     a: Measured,
@@ -306,7 +306,7 @@ def add_trust(
         table.loc[row, TRUST] = (*ends, *null, domain_error(x, y, found, seed=seed))
     return table
 
-
+# %% ../../nbs/42_divergence.ipynb #4c0ccb9c
 def divergence(
     model: nn.Module,  # any, in evaluation mode
     batches_a: Iterable,  # of x `(B, C, H, W)`, or (x, valid) with valid bool `(B, H, W)`
@@ -338,7 +338,7 @@ def class_masks(
             raise ValueError(f"targets are {targets.dtype} {tuple(targets.shape)}: wanted bool (B, {n_classes}, H, W), one mask per class")
         yield x, (targets & valid[:, None]).unbind(1)
 
-
+# %% ../../nbs/42_divergence.ipynb #58c9f54e
 def divergence_by_class(
     model: nn.Module,  # in evaluation mode
     batches_a: Iterable,  # of `class_masks`
@@ -372,7 +372,7 @@ def draw_curve(ax, label: str, table: pd.DataFrame, color: str) -> None:
         ax.fill_between(table.depth, table.low, table.high, color=color, alpha=0.18, linewidth=0)
         ax.plot(table.depth, table.null, ":", color=color, linewidth=1)
 
-
+# %% ../../nbs/42_divergence.ipynb #3d3565ab
 def draw_divergence(
     panels: dict[str, dict[str, pd.DataFrame]],  # title → label of a curve → table of `divergence`, one estimator each
     is_log: bool = True,  # logarithmic divergence

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.functional import interpolate
 
+from .inputs import check_channels, check_evaluates, split_batch
+
 # %% auto #0
 __all__ = ['CPU_CHUNK', 'GPU_CHUNK', 'Layers', 'symmetric_kl', 'batch_mean', 'group_size', 'Moments', 'merge', 'extend', 'chunks',
            'first_pixel', 'sample_moments', 'PixelStream', 'MeanStream', 'open_stream', 'find_relu_layers',
-           'resolve_layers', 'EnoughError', 'LayerReader', 'fit_valid', 'masked_moments', 'split_batch', 'Measured',
-           'measure', 'measure_masks', 'check_channels', 'check_evaluates', 'over_processes']
+           'resolve_layers', 'EnoughError', 'LayerReader', 'fit_valid', 'masked_moments', 'Measured', 'measure',
+           'measure_masks', 'over_processes']
 
 # %% ../../nbs/40_moments.ipynb #cell-05
 def symmetric_kl(
@@ -76,7 +78,7 @@ def merge(
     m2 = (groups.m2 + groups.count * (distance - step).square()).sum(0)
     return Moments(count, groups.mean[0] + step, m2)
 
-
+# %% ../../nbs/40_moments.ipynb #0a6b61f5
 def extend(
     total: Moments | None,  # `(C,)`; None: no groups yet
     groups: Moments,  # `(K, C)`
@@ -102,7 +104,7 @@ def chunks(
         for start in range(0, n_pixels, band):
             yield slice(first, first + n_together), slice(start, start + band)
 
-
+# %% ../../nbs/40_moments.ipynb #57cf2ac3
 def first_pixel(
     rows: Tensor,  # `(B, C, P)`
     left_out: Tensor | None,  # `(B, 1, P)` bool
@@ -113,7 +115,7 @@ def first_pixel(
     places = left_out.byte().argmin(2, keepdim=True)
     return rows.gather(2, places.expand(-1, rows.shape[1], -1))[..., 0]
 
-
+# %% ../../nbs/40_moments.ipynb #bf8401a1
 def sample_moments(
     x: Tensor,  # activation, `(B, C, …)` of any floating dtype and memory layout
     valid: Tensor | None = None,  # positions to include, `(B, …)` bool
@@ -150,7 +152,7 @@ class PixelStream:
     def finish(self) -> Moments | None:  # `(C,)`
         return self.total
 
-
+# %% ../../nbs/40_moments.ipynb #0799f2a1
 class MeanStream(PixelStream):
     "Accumulate the moments of the means of every n consecutive samples."
 
@@ -188,7 +190,7 @@ class MeanStream(PixelStream):
             self.n_open = 0
         return self.total
 
-
+# %% ../../nbs/40_moments.ipynb #f6c21675
 def open_stream(estimator: str) -> PixelStream:
     "Return a new stream for an estimator."
     n = group_size(estimator)
@@ -211,7 +213,7 @@ def find_relu_layers(
 
 Layers = Sequence[str] | str | Callable[[str, nn.Module], bool]
 
-
+# %% ../../nbs/40_moments.ipynb #8eaecaca
 def resolve_layers(
     model: nn.Module,
     layers: Layers | None = None,  # module names; regular expression for full names; predicate on (name, module); None: `find_relu_layers`
@@ -236,7 +238,7 @@ def resolve_layers(
 class EnoughError(Exception):
     "Raised when every requested layer has run."
 
-
+# %% ../../nbs/40_moments.ipynb #3fc5f6d7
 class LayerReader:
     "Compute the moments of named layers of a model while it runs."
 
@@ -322,17 +324,6 @@ def masked_moments(
             whole[is_read] = part
     return Moments(*moments)
 
-
-def split_batch(
-    batch: Tensor | Sequence[Tensor],  # x, or (x,), or (x, valid)
-) -> tuple[Tensor, Tensor | None]:  # `(B, …)`, `(B, H, W)` bool
-    "Return the input and the valid pixels of a batch."
-    x, *rest = [batch] if isinstance(batch, Tensor) else batch
-    if rest and (len(rest) > 1 or rest[0].dtype != torch.bool or rest[0].shape != (len(x), *x.shape[2:])):
-        got = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in rest)
-        raise ValueError(f"besides x {tuple(x.shape)} a batch has {got}: wanted x, or (x, valid) with valid bool (B, H, W)")
-    return x, rest[0] if rest else None
-
 # %% ../../nbs/40_moments.ipynb #cell-29
 @dataclass
 class Measured:
@@ -358,7 +349,7 @@ def measure(
     masked = ((x, [valid]) for x, valid in map(split_batch, batches))
     return measure_masks(model, masked, 1, layers, estimators, keep_samples, channel_dim, n_channels)[0]
 
-
+# %% ../../nbs/40_moments.ipynb #029928ae
 def measure_masks(
     model: nn.Module,
     batches: Iterable,  # of x and one mask of valid pixels `(B, H, W)` bool, or None, per mask
@@ -388,19 +379,6 @@ def measure_masks(
         own.layers, own.n_channels = reader.order, n_channels
         own.moments = {e: Moments(*(t.cpu() for t in s.finish())) for e, s in running.items() if own.n_samples}
     return list(map(over_processes, found))
-
-
-def check_channels(x: Tensor, n_channels: int) -> int:  # of x
-    "Check that an input has as many channels as the previous ones; raises ValueError otherwise."
-    if n_channels and x.shape[1] != n_channels:
-        raise ValueError(f"inputs have {n_channels} channels, then {x.shape[1]}: both streams must have as many as the model expects")
-    return x.shape[1]
-
-
-def check_evaluates(model: nn.Module) -> None:
-    "Check that no module of a model is in training mode; raises ValueError otherwise."
-    if training := [name or type(model).__name__ for name, module in model.named_modules() if module.training]:
-        raise ValueError(f"{training[0]} is in training mode, where its output depends on the batch: call model.eval() first")
 
 # %% ../../nbs/40_moments.ipynb #cell-31
 def over_processes(

@@ -40,7 +40,7 @@ def resample_iou(
     hits, union = torch.cat(sums).unflatten(1, counts.shape[1:]).unbind(-1)
     return hits / union
 
-
+# %% ../../nbs/34_significance.ipynb #ba4bebc9
 def gains(
     iou: Tensor,  # per resample, run and class, `(R, S, C)`
     n_first: int,  # number of runs of `a`, which come first
@@ -70,7 +70,7 @@ def stack_seeds(
         raise ValueError(f"{name} has an intersection below 0 or above its union: wanted [..., 0] intersection and [..., 1] union")
     return stacked.long()
 
-
+# %% ../../nbs/34_significance.ipynb #df1dc1dd
 def sum_groups(
     counts: Tensor,  # `(S, N, C, 2)` int64
     groups: Sequence | None = None,  # group of each tile, such as its field: N names or numbers; None: one group per tile
@@ -96,7 +96,7 @@ class Comparison:
     per_class: np.ndarray = field(repr=False, compare=False)  # difference, low, high per class, `(C, 3)`; NaN: absent class
     resampled: np.ndarray = field(repr=False, compare=False)  # difference per resample, `(R,)`
 
-
+# %% ../../nbs/34_significance.ipynb #61e1d643
 def paired_bootstrap(
     a: np.ndarray | Tensor | Sequence,  # intersection and union, pixels, `(S, N, C, 2)` int64, or one `(N, C, 2)` per seed
     b: np.ndarray | Tensor | Sequence,  # of the same tiles in the same order; the number of seeds may differ
@@ -206,7 +206,7 @@ def draw_fields(
             return np.concatenate(drawn)
     raise ValueError(f"{left} of {n_resamples} resamples still lack a class after {tries} tries: it is in too few of the {n} fields")
 
-
+# %% ../../nbs/34_significance.ipynb #0b16f380
 def paired_effect(
     a: Sequence,  # intersection and union, pixels, one `(N, C, 2)` per seed
     b: Sequence,  # of the same tiles, its seeds in the same order

@@ -149,7 +149,7 @@ def rare_class_weights(
     factor = np.sqrt(np.maximum(median / np.where(frequency > 0, frequency, np.inf), 1))
     return np.where(shows, factor, 1).max(1)
 
-
+# %% ../../nbs/16_batches.ipynb #64b4d4b6
 def draw_order(
     n_tiles: int,
     seed: int,
@@ -330,7 +330,7 @@ def training_loader(
     starts = (iteration * batch_size + k * size for iteration in range(first, last) for k in micro_batches)
     return read_ahead(lambda start: prepare(collate((stream[k] for k in range(start, start + size)), size)), starts)
 
-
+# %% ../../nbs/16_batches.ipynb #2163ddcb
 def scoring_loader(
     tiles: Sequence[Tile],
     batch_size: int = 8,

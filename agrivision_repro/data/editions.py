@@ -61,7 +61,7 @@ def find_tiles(
         raise ValueError(f"{folder} has no JPEG, PNG or TIFF file (it has {found}): convert the tiles")
     return [path.stem for path in images]
 
-
+# %% ../../nbs/11_editions.ipynb #d8585a2a
 class AgricultureVision(Tiles):
     "A split in the layout of the Agriculture-Vision challenges."
 
@@ -230,7 +230,7 @@ def home_of(edition: Edition, root: Path) -> Path:
     "Return `root`, or the folder within it that the edition's archive unpacks to."
     return root / edition.folder if edition.folder and (root / edition.folder).is_dir() else root
 
-
+# %% ../../nbs/11_editions.ipynb #e0d141cf
 def detect_edition(
     root: str | Path,  # the folder of a data set
 ) -> str:  # a key of `EDITIONS`

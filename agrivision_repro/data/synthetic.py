@@ -322,7 +322,7 @@ HIDDEN_BY = {
     "waterway": ("standing_water",),
 }
 
-
+# %% ../../nbs/12_synthetic.ipynb #5e526f8d
 def drop_hidden(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:  # class → `(H, W)` bool
     "Remove a class from the pixels where a later one hides it."
     tops = {name: [found[top] for top in HIDDEN_BY.get(name, ()) if top in found] for name in found}
@@ -336,7 +336,7 @@ def tiles_across(tiles_per_field: int) -> int:
         raise ValueError(f"tiles_per_field is {tiles_per_field}: a field is a square of tiles, so choose 1, 4, 9 or 16")
     return n
 
-
+# %% ../../nbs/12_synthetic.ipynb #af47fb0f
 def make_field(
     seed: int | Sequence[int],  # at least 0
     size: int,  # side of a tile, pixels

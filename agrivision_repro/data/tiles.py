@@ -98,7 +98,7 @@ def need_folders(root: Path, folders: Sequence[str], layout: str) -> None:
         remedy = split_hint(root) or f"pass the folder that contains {folders[0]}, or choose another data set"
         raise FileNotFoundError(f"{root} lacks {', '.join(missing)} of the layout {layout!r} ({describe_folder(root)}): {remedy}")
 
-
+# %% ../../nbs/10_tiles.ipynb #35b87cdd
 def describe_folder(root: Path) -> str:
     "Describe what a folder contains, in a few words."
     return f"it contains: {', '.join(sorted(p.name for p in root.iterdir())[:8]) or 'nothing'}"
@@ -111,7 +111,11 @@ def split_hint(root: Path) -> str:
 
 # %% ../../nbs/10_tiles.ipynb #cell-10
 BANDS = {"L": (), "RGB": (3,), "RGBN": (4,), "I": ()}  # kind of file → shape of its last axis; "I" is int32, the others uint8
+
+
 LZW = 5  # code of a TIFF compression that tifffile cannot read without imagecodecs
+
+
 SMALL = 4096  # bytes; a constant mask takes a few hundred
 
 
@@ -128,7 +132,7 @@ def decode_small(content: bytes) -> np.ndarray:
     "Decode a small file, cached by content: most labels are empty and most masks full, so their files are equal."
     return decode_image(content)
 
-
+# %% ../../nbs/10_tiles.ipynb #2a1fabbe
 def decode_image(
     content: bytes,  # of a complete image file
 ) -> np.ndarray:  # `(H, W)` or `(H, W, bands)`
@@ -143,7 +147,7 @@ def decode_image(
     pixels.flags.writeable = False
     return pixels
 
-
+# %% ../../nbs/10_tiles.ipynb #1ca5372a
 def read_image(
     path: Path,
     bands: str,  # "L", "RGB", "RGBN" for a four-band TIFF, or "I" for 32-bit integers
@@ -283,7 +287,7 @@ def draw_labels(ax, tile: Tile, n_classes: int) -> None:
             ax.contour(columns, rows, np.pad(mask, 1), levels=[0.5], colors=[CLASS_COLORS[k]], linewidths=1.5)
     ax.set(xlim=(-1, tile.valid.shape[1]), ylim=(tile.valid.shape[0], -1))
 
-
+# %% ../../nbs/10_tiles.ipynb #356170ad
 def contact_sheet(
     tiles: Tiles,  # of one split, packed or not
     n_tiles: int = 6,  # maximum number; evenly spread over the split

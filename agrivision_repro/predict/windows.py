@@ -113,7 +113,7 @@ def blend_row(
             strip[..., left : left + width] += own * weight
     return strip
 
-
+# %% ../../nbs/80_windows.ipynb #8c2bfd92
 def predict_strips(
     predictor: Callable[[Tensor], Tensor],  # `(B, 4, h, w)` uint8 to logits `(B, C, h, w)` float32
     rows: Callable[[int, int], np.ndarray],  # first row, row to stop before → pixels `(4, h, W)` uint8

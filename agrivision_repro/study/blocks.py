@@ -44,7 +44,7 @@ class Step:
     channels: int  # of the output; 0: as many as the input has
     sources: tuple[str, ...]  # names of the steps whose outputs are its inputs
 
-
+# %% ../../nbs/66_blocks.ipynb #f88e47e1
 def describe(module: nn.Module) -> tuple[str, str, int]:  # kind, label, channels
     "Return kind, label and output channels of a module."
     if isinstance(module, nn.Conv2d):
@@ -72,7 +72,7 @@ class BlockTracer(fx.Tracer):
         own = (nn.BatchNorm2d, InstanceBatchNorm2d, SwitchNorm2d)
         return isinstance(module, own) or super().is_leaf_module(module, name)
 
-
+# %% ../../nbs/66_blocks.ipynb #ee327c16
 def trace_steps(
     block: nn.Module,  # with one input and one output tensor
 ) -> list[Step]:  # in execution order, the input first
@@ -141,7 +141,7 @@ def find_paths(
         raise ValueError(f"the output of {', '.join(lost)} is unused: wanted every step on a path")
     return paths
 
-
+# %% ../../nbs/66_blocks.ipynb #d64e7d57
 def walk_back(by_name: Mapping[str, Step], name: str, end: str) -> tuple[Step, ...]:
     "Return the steps from `end` (excluded) to `name`, following single sources back."
     path = []
@@ -169,7 +169,11 @@ def paper_blocks(
 
 # %% ../../nbs/66_blocks.ipynb #cell-21
 COLORS = dict(zip(("IN", "LN", "BN", "SwitchNorm"), CURVE_COLORS, strict=False)) | {"conv": "0.45"}
+
+
 MEANING = {"IN": "instance norm", "BN": "batch norm", "SwitchNorm": "switchable norm, a learned mix", "conv": "convolution"}
+
+
 ROW, TOP, BOX, GAP = 0.41, 0.74, 0.27, 0.28  # inches: row height, top of the rows, box height, from a box to the identity path
 
 
@@ -187,7 +191,7 @@ def half_height(step: Step) -> float:  # inches
     "Return the half height of a drawn step."
     return {"+": 0.11, "input": 0.0}.get(step.kind, BOX / 2)
 
-
+# %% ../../nbs/66_blocks.ipynb #2986bb87
 def find_new(steps: Sequence[Step], first: Sequence[Step]) -> set[str]:  # names
     "Return the steps of a block that the first block does not have, or not in the same position."
     labels = ([step.label for step in block] for block in (first, steps))
@@ -230,7 +234,7 @@ def draw_column(
     for label, height in (("input", TOP - 0.09), ("output", y + ROW + 0.07)):
         ax.text(x, height, label, ha="center", va="center", fontsize=8, color="0.4")
 
-
+# %% ../../nbs/66_blocks.ipynb #58887201
 def draw_identity(ax: Axes, paths: Paths, x: float, width: float, new: set[str]) -> None:
     "Draw the identity path, from below the input to the addition, to the right of the boxes."
     side = box_width(paths.identity)
@@ -272,7 +276,7 @@ def draw_blocks(
     plt.close(figure)  # a notebook would draw it a second time
     return figure
 
-
+# %% ../../nbs/66_blocks.ipynb #9bf19510
 def add_legend(figure: Figure, steps: Sequence[Step], first: str) -> None:
     "Add a legend for colors and outlines."
     words = {word for step in steps for word in (step.kind, *step.kind.split("+"))}
@@ -285,6 +289,8 @@ def add_legend(figure: Figure, steps: Sequence[Step], first: str) -> None:
 
 # %% ../../nbs/66_blocks.ipynb #cell-31
 PLACES = ("as first norm", "as second norm", "as third norm")
+
+
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
 
 
@@ -303,7 +309,7 @@ def norm_sites(net: ResNet) -> pd.DataFrame:  # one row per norm: stage, block, 
             rows += [(stage, k, place, s.kind, s.channels) for place, s in placed]
     return pd.DataFrame(rows, columns=["stage", "block", "place", "kind", "channels"])
 
-
+# %% ../../nbs/66_blocks.ipynb #4ec52a88
 def count_sites(
     nets: Mapping[str, ResNet],
 ) -> pd.DataFrame:  # one row per kind of site: net, stage, place, kind, sites, blocks, channels

@@ -85,7 +85,7 @@ def mark_best(
         best.loc[rows] = (means.loc[rows] == means.loc[rows].max()) & (means.loc[rows].max() > means.loc[rows].min())
     return best
 
-
+# %% ../../nbs/71_class_tables.ipynb #af47c8d6
 def class_table(
     scores: pd.DataFrame,  # of `class_scores`
     groups: Sequence[str] = ("",),  # substrings of row names; the best row of each group is bold
@@ -167,7 +167,7 @@ def draw_prediction(axes, tile: Tile, k: int, mask: np.ndarray) -> None:
             ax.contour(columns, rows, np.pad(truth, 1), levels=[0.5], colors=["white"], linewidths=1.2)
         ax.set(xlim=(-0.5, truth.shape[1] - 0.5), ylim=(truth.shape[0] - 0.5, -0.5))
 
-
+# %% ../../nbs/71_class_tables.ipynb #b23cdb7a
 def draw_figure3(result: Result, workspace: Workspace) -> Figure:
     "Draw Figure 3, one column per class."
     run, model = result.run, result.model()

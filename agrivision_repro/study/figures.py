@@ -46,7 +46,7 @@ def read_divergence(path: Path) -> pd.DataFrame | None:
     table = pd.read_csv(path) if path.is_file() else pd.DataFrame()
     return table if {"median_channel", *TRUST} <= set(table.columns) else None
 
-
+# %% ../../nbs/68_figures.ipynb #dcfc6953
 def run_divergence(
     result: Result,  # of a Run on `rgb` or `nir3`
     workspace: Workspace,
@@ -168,7 +168,7 @@ def switch_weights(
             rows.append((depth, layer, moment, shares[0], shares[1] if len(shares) == 3 else 0.0, shares[-1]))
     return pd.DataFrame(rows, columns=["depth", "layer", "of", "IN", "LN", "BN"])
 
-
+# %% ../../nbs/68_figures.ipynb #31d05551
 def draw_switch_weights(
     results: Sequence[Result],  # those with IBN-s are drawn, seeds averaged
 ) -> Figure:
@@ -205,7 +205,7 @@ def rank_correlation(x: pd.Series, y: pd.Series) -> float:  # NaN for fewer than
     "Compute Spearman's rank correlation."
     return float(x.rank().corr(y.rank())) if len(x) > 3 else float("nan")
 
-
+# %% ../../nbs/68_figures.ipynb #e3373b86
 def draw_relation(relation: pd.DataFrame) -> Figure:
     "Draw mIoU against divergence, on the own and the other modality."
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), dpi=72, layout="constrained")

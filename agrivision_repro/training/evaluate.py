@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial, reduce
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,8 @@ def predict_turned(
 ) -> Tensor:  # logits `(B, C, H, W)` float32
     "Predict rotated and flipped images, and average the logits."
     turned = [apply_d4(engine.predict(model, apply_d4(x, e)).float(), INVERSE[e]) for e in TTA[tta]]
-    return reduce(torch.add, turned) / len(turned)
+    logits: Tensor = sum(turned)
+    return logits / len(turned)
 
 
 @torch.no_grad()

@@ -126,7 +126,7 @@ def schedule_numbers(
         rows[name]["final_lr"] = learning_rate(recipe, n - 1)
     return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=list(SCHEDULE_ROWS)).reset_index(names="recipe")
 
-
+# %% ../../nbs/50_schedule.ipynb #8601c43e
 def schedule_table(
     numbers: pd.DataFrame,  # of `schedule_numbers`
 ) -> pd.DataFrame:  # text cells; columns: the paper, recipes

@@ -18,7 +18,8 @@ from agrivision_repro.analysis.significance import (
 )  # fmt: skip
 from agrivision_repro.runs.run import plan_run
 from agrivision_repro.study import claims
-from agrivision_repro.study.claims import HALF, JUDGES, SAME, UNTESTED, Evidence, claims_matrix, find, judge_claims
+from agrivision_repro.study.claims import HALF, JUDGES, SAME, UNTESTED, Evidence, find, judge_claims
+from agrivision_repro.study.matrix import claims_matrix, draw_matrix
 from agrivision_repro.study.paper import CLAIMS
 
 N_FIELDS = 24
@@ -111,7 +112,7 @@ def test_the_matrix_of_several_folders(judged, tmp_path):
     matrix = claims_matrix(own, [tmp_path / "a", str(tmp_path / "b")])
     assert matrix.shape == (len(CLAIMS), 3) and matrix.columns.tolist()[1:] == ["data a, 3 seeds", "data b, 3 seeds"]
     assert (matrix["data a, 3 seeds"] == DISAGREES).all() and matrix.iloc[:, 0].tolist() == own.holm.tolist()
-    figure = claims.draw_matrix(matrix)
+    figure = draw_matrix(matrix)
     assert len(figure.axes[0].texts) == matrix.size and len(figure.axes[0].get_yticklabels()) == len(CLAIMS)
     pd.DataFrame({"key": ["a"]}).to_csv(tmp_path / "a" / "tables" / "claims.csv", index=False)
     with pytest.raises(ValueError, match="lacks data, holm, n, where: it is from another version"):
