@@ -70,6 +70,8 @@ class Decoder(nn.Module):
 class PooledBatchNorm2d(nn.BatchNorm2d):
     "Apply batch norm to `(B, C, 1, 1)`; a batch of one is normalized by the running statistics in training too."
 
+    can_sync = True  # `sync_norms` may replace it: over several processes there is more than one value
+
     def forward(self, x: Tensor) -> Tensor:
         if self.training and x.shape[0] == 1:
             return batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps)

@@ -161,15 +161,16 @@ def batch_moments(
     sync: bool = False,  # pool over all processes
 ) -> tuple[Tensor, Tensor]:  # `(1, C)` each
     "Pool over the batch and update the running statistics in training; return the running statistics in evaluation."
-    if not norm.training:
+    if not norm.training or (not sync and mean.shape[0] == 0):  # an empty batch has no moments
         return norm.running_mean[None], norm.running_var[None]
     pooled_mean, pooled_variance, n_samples = pool_batch(mean, variance, sync)
     with torch.no_grad():
         n = n_samples * n_pixels
         unbiased = pooled_variance * n / max(n - 1, 1)
         norm.num_batches_tracked.add_(1)
-        norm.running_mean.lerp_(pooled_mean[0].to(norm.running_mean), norm.momentum)
-        norm.running_var.lerp_(unbiased[0].to(norm.running_var), norm.momentum)
+        momentum = 1 / norm.num_batches_tracked.to(norm.running_mean) if norm.momentum is None else norm.momentum  # None: a plain average
+        norm.running_mean.lerp_(pooled_mean[0].to(norm.running_mean), momentum)
+        norm.running_var.lerp_(unbiased[0].to(norm.running_var), momentum)
     return pooled_mean, pooled_variance
 
 # %% ../../nbs/20_norms.ipynb #cell-29
@@ -211,7 +212,7 @@ class SwitchNorm2d(nn.Module):
 
     def batch_moments(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:  # `(1, C)` each
         "Pool over the batch and update the running statistics in training; return the running statistics in evaluation."
-        if not self.training:
+        if not self.training or (not self.sync and mean.shape[0] == 0):  # an empty batch has no moments
             return self.running_mean[..., 0], self.running_var[..., 0]
         mean, variance, _ = pool_batch(mean, variance, self.sync)
         with torch.no_grad():
@@ -242,10 +243,11 @@ def sync_norms(
     model: nn.Module,  # changed in place; its state dict keys stay the same
     sync_switch: bool = False,  # also SwitchNorm2d, which the authors do not synchronize
 ) -> nn.Module:
-    "Make batch norm, and the batch half of IBN-a, pool their moments over all processes."
+    "Make batch norm and the batch half of IBN-a pool their moments over all processes; leave other subclasses of BatchNorm2d alone."
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.__class__ = SyncedBatchNorm2d
+        if type(module) is nn.BatchNorm2d or getattr(module, "can_sync", False):
+            if module.affine and module.track_running_stats:
+                module.__class__ = SyncedBatchNorm2d
         elif isinstance(module, InstanceBatchNorm2d):
             module.sync = True
         elif isinstance(module, SwitchNorm2d):

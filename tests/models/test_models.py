@@ -8,10 +8,11 @@ import timm
 import torch
 from processes import in_two_processes
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 from agrivision_repro.models.backbones import DEPTHS, NORMS, branch_spreads, create_backbone
 from agrivision_repro.models.deeplab import DeepLabV3Plus
-from agrivision_repro.models.norms import InstanceBatchNorm2d, SwitchNorm2d, recalibrate
+from agrivision_repro.models.norms import InstanceBatchNorm2d, SwitchNorm2d, recalibrate, sync_norms
 from agrivision_repro.runs.plan import make_up_batch
 from agrivision_repro.runs.run import Run, build_loss, build_model
 from agrivision_repro.training.engine import make_engine
@@ -96,6 +97,40 @@ def test_norms_keep_the_methods_of_every_module(norm):
     hidden = {name for name in vars(norm(4)) if callable(getattr(nn.Module, name, None))}
     assert not hidden
     assert {p.dtype for p in norm(4).half().parameters()} == {torch.float16}
+
+
+def test_update_bn_averages_the_batch_half_of_ibn_a():
+    "PyTorch's tool sets momentum to None; so may a user."
+    torch.manual_seed(0)
+    ours, theirs = InstanceBatchNorm2d(8), nn.BatchNorm2d(4)
+    batches = [torch.randn(4, 8, 5, 5) + k for k in range(3)]
+    update_bn(batches, nn.Sequential(ours))
+    update_bn([x[:, 4:] for x in batches], nn.Sequential(theirs))
+    torch.testing.assert_close(ours.BN.state_dict(), theirs.state_dict())
+    synced = sync_norms(nn.Sequential(nn.BatchNorm2d(4, momentum=None)))
+    for x in batches:
+        synced(x[:, 4:])
+    torch.testing.assert_close(synced[0].state_dict(), theirs.state_dict())
+
+
+@pytest.mark.parametrize("norm", [InstanceBatchNorm2d, SwitchNorm2d])
+def test_an_empty_batch_changes_no_statistics(norm):
+    module = norm(4)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    assert module(torch.zeros(0, 4, 3, 3)).shape == (0, 4, 3, 3)
+    torch.testing.assert_close(dict(module.state_dict()), before, rtol=0, atol=0)
+
+
+def test_sync_norms_leaves_other_batch_norms_alone():
+    "timm's BatchNormAct2d has an activation; norms without weights or running statistics cannot be converted."
+    torch.manual_seed(0)
+    model = timm.create_model("efficientnet_b0", num_classes=2).eval()
+    x = torch.randn(2, 3, 64, 64)
+    wanted = model(x)
+    torch.testing.assert_close(sync_norms(model)(x), wanted, rtol=0, atol=0)
+    for norm in (nn.BatchNorm2d(3, affine=False), nn.BatchNorm2d(3, track_running_stats=False)):
+        wanted = nn.BatchNorm2d(3)(x)
+        torch.testing.assert_close(sync_norms(nn.Sequential(norm))(x), wanted)
 
 
 def test_in_other_libraries():
