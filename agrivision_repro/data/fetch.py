@@ -63,7 +63,7 @@ def read_entries(
     return entries
 
 
-class Source(NamedTuple):
+class PinnedSource(NamedTuple):
     "A data set at one commit of a public git repository."
 
     repository: str  # URL
@@ -74,14 +74,14 @@ class Source(NamedTuple):
 
 
 SOURCES = {  # by edition; no file in them is executable
-    "naip-trees": Source(
+    "naip-trees": PinnedSource(
         "https://github.com/jonathanventura/urban-tree-detection-data",
         "78e81bdbb484048472e77cbedd3afb49a6b621c6", "d815d2aeda868ece09d525ee90ad9dd39752fedf", 4955,
         {"README.md": "f16c4f7", "csv/": "78e4662", "images/": "5a0b376", "json/": "2f431ff", "scripts/": "062607b",
          "test.txt": "7fc03c9", "test_socal.txt": "daa318a", "train.txt": "344e7cc", "train_socal.txt": "28c972e",
          "val.txt": "c12ed31", "val_socal.txt": "9b44f94"},
     ),
-    "ag-net": Source(
+    "ag-net": PinnedSource(
         "https://github.com/ZihengSun/Ag-Net-Dataset",
         "dc54fdfa8ab7028d4436226db75df9fab9a37552", "50ae56abd4d7822d722be1ee4bb7d9bf20fc7f73", 25492,
         {"LICENSE": "3d5358a", "README.md": "199d7fe", "cdlvalue.csv": "badb230", "colormap.py": "2a642cc", "input/": "c1e54e3",
@@ -90,12 +90,12 @@ SOURCES = {  # by edition; no file in them is executable
 }  # fmt: skip
 
 
-def _find_missing(folder: Path, pinned: Source) -> str:
+def _find_missing(folder: Path, pinned: PinnedSource) -> str:
     "Return the names of the pinned entries that a folder lacks."
     return ", ".join(name for name in pinned.parts if not (folder / name).exists())
 
 
-def find_differences(folder: Path, pinned: Source, shows_progress: bool = False) -> str:  # empty: the folder has the pinned tree
+def find_differences(folder: Path, pinned: PinnedSource, shows_progress: bool = False) -> str:  # empty: the folder has the pinned tree
     "Return a description of what is missing, additional or different in a folder."
     if missing := _find_missing(folder, pinned):  # checked first, so that a wrong folder is not read
         return f"without {missing}"
@@ -122,7 +122,7 @@ def download(url: str, path: Path, shows_progress: bool = False) -> None:
         raise OSError(f"{url} cannot be fetched ({str(error) or type(error).__name__}): {remedy}") from error
 
 
-def _open_source(source: str, room: Path, pinned: Source, shows_progress: bool = False) -> Path:  # the folder of the data set
+def _open_source(source: str, room: Path, pinned: PinnedSource, shows_progress: bool = False) -> Path:  # the folder of the data set
     "Download and unpack as far as needed, and find the data set."
     path = Path(source)
     if "://" in source:
@@ -158,7 +158,7 @@ def workshop(folder: Path) -> Iterator[Path]:  # an empty folder on the same dis
         raise OSError(f"{hidden} is in use: another process fetches {folder}, so wait for it") from error
 
 
-def _collect(source: str, room: Path, pinned: Source, shows_progress: bool = False) -> Path:  # a folder in `room`
+def _collect(source: str, room: Path, pinned: PinnedSource, shows_progress: bool = False) -> Path:  # a folder in `room`
     "Move or copy the files of a source into one folder and verify them."
     root = _open_source(source, room, pinned, shows_progress)
     transfer = os.replace if root.is_relative_to(room) else shutil.copyfile

@@ -19,7 +19,7 @@ import tifffile
 
 from agrivision_repro.cli.app import main
 from agrivision_repro.data import archives, fetch
-from agrivision_repro.data.fetch import SOURCES, Source, fetch_data, find_differences, read_entries, tree_id
+from agrivision_repro.data.fetch import SOURCES, PinnedSource, fetch_data, find_differences, read_entries, tree_id
 
 NAIP = Path(__file__).resolve().parents[3] / "shared" / "naip-trees"  # 120 chips, beside a developer's checkout only
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="the tests need git; fetching does not")
@@ -105,13 +105,13 @@ class Upstream:
         path.write_bytes(self.archive(**{"commit": self.commit, "kind": path.name.partition(".")[2]} | options))
         return path
 
-    def pinned(self, commit: str = "") -> Source:
+    def pinned(self, commit: str = "") -> PinnedSource:
         "Pin a commit by what git says about it."
         commit = commit or self.commit
         rows = [line.split() for line in git(self.root, "ls-tree", commit).splitlines()]
         parts = {name + "/" * (kind == "tree"): id[:7] for _, kind, id, name in rows}
         n_files = len(git(self.root, "ls-tree", "-r", commit).splitlines())
-        return Source(self.url, commit, git(self.root, "rev-parse", commit + "^{tree}"), n_files, parts)
+        return PinnedSource(self.url, commit, git(self.root, "rev-parse", commit + "^{tree}"), n_files, parts)
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -415,6 +415,6 @@ def test_real_chips(tmp_path, monkeypatch):
     entries = read_entries(root, executables=False)
     commit_all(root)
     parts = {name: id[:7] for name, (_, id) in entries.items()}
-    monkeypatch.setitem(SOURCES, "naip-trees", Source("", commit, git(root, "rev-parse", "HEAD^{tree}"), 0, parts))
+    monkeypatch.setitem(SOURCES, "naip-trees", PinnedSource("", commit, git(root, "rev-parse", "HEAD^{tree}"), 0, parts))
     report = fetch_trees(tmp_path / "trees", root)
     assert [report.describe(s)["tiles"] for s in report.labeled] == [80, 20, 20] and report.is_trustworthy and len(report.faults) == 4
