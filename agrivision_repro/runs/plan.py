@@ -257,7 +257,7 @@ class Plan:
         "Compute the time for all Runs on `n_devices` devices like this one."
         return makespan(self.table.hours.tolist(), n_devices)
 
-    def as_text(self, n_devices: int = 8, n_rows: int = 12) -> str:
+    def as_text(self, n_devices: int = 8, n_rows: int = 10) -> str:
         "Format the plan for a terminal of 80 columns, with times for 1, 2, 4, … up to `n_devices` devices."
         more = [f"… and {len(self.table) - n_rows} more"] if len(self.table) > n_rows else []
         n_open = int((self.table.state != "finished").sum())
@@ -281,10 +281,10 @@ def _wrap(text: str, indent: int = 0) -> list[str]:
 
 def _format_row(row: dict) -> list[str]:
     "Format a Run of a plan: its time and name, and below them state, cost and tables."
-    speed = f"{row['tiles/s']:,.3g} tiles/s, {row['by']}"
-    details = ["finished"] if row["state"] == "finished" else [row["state"], f"{row['iterations']:,} iterations", speed]
-    text = "; ".join([*details, f"{row['GMACs']:,.3g} GMACs per tile", row["tables"]])
-    return [*_wrap(f"{_format_hours(row['hours']):>8}  {row['run']}", 10), *_wrap(f"{'':10}{text}", 10)]
+    cost = [f"{row['iterations']:,} iterations", f"{row['GMACs']:,.3g} GMACs", f"{row['tiles/s']:,.3g} tiles/s ({row['by']})"]
+    details = ", ".join([row["state"], *cost] if row["state"] != "finished" else [row["state"]])
+    tables = ", ".join(name.split("_")[0] for name in row["tables"].split(", "))
+    return [*_wrap(f"{_format_hours(row['hours']):>8}  {row['run']}", 10), *_wrap(f"    {details}; {tables}", 4)]
 
 
 def estimate(
@@ -325,7 +325,7 @@ def _cost(run: Run, side: int, extent: DataSize, row: dict, pace: Throughput | N
         return {"hours": 0.0, "tiles/s": 0.0, "by": "–"}
     n_train, n_score = _tiles_left(run, extent.n_val, run.recipe.iterations - row["iterations"])
     seconds = n_train * pace.train + n_score * pace.score * (extent.side / side) ** 2
-    return {"hours": seconds / 3600, "tiles/s": 1 / pace.train, "by": "timed" if pace.n_tiles else "scaled by GMACs"}
+    return {"hours": seconds / 3600, "tiles/s": 1 / pace.train, "by": "timed" if pace.n_tiles else "scaled"}
 
 
 def _list_notes(runs: Sequence[Run], engine: Engine, paces: Sequence[Throughput]) -> list[str]:
@@ -344,6 +344,8 @@ def _list_notes(runs: Sequence[Run], engine: Engine, paces: Sequence[Throughput]
     if any(not pace.is_full for pace in paces):
         notes.append("a batch does not fit into this device's memory: use micro-batches (recipe.micro_batches), or several devices")
     timed = [pace.n_tiles for pace in paces if pace.n_tiles]
+    if len(timed) < len(paces):
+        notes.append("scaled: not timed, but computed from a timed Run by the ratio of multiply-adds (GMACs per tile)")
     if timed:
         sizes = " or ".join(str(n) for n in sorted(set(timed)))
         notes.append(f"from steps on random batches of {sizes}, times the tiles to train on and to score; startup and loading excluded")
