@@ -115,7 +115,9 @@ def test_an_older_run_says_what_to_do_and_the_command_does_it(trained, without, 
         main()
     except SystemExit as stop:
         assert not stop.code
-    assert "last, none, tested on rgb" in capsys.readouterr().out
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == f"{result.folder.name}  {result.run.title}" and printed[-1].endswith("scores-last-none.json")
+    assert printed[2].startswith("  tested on rgb: multi-label ") and " (was " in printed[2]
     assert path.read_bytes() == content
     path.unlink()
     assert score_again(result.folder, workspace) == result.scores  # its JSON file is there: the counts still come back
@@ -291,7 +293,7 @@ def test_slices_change_nothing(monkeypatch):
 def test_memory_is_bounded():
     "All weights of the paper's size at once would take 71 MB, their picks as much again."
     script = (
-        "import resource, numpy as np; from agrivision_repro.paired import paired_bootstrap; "
+        "import resource, numpy as np; from agrivision_repro.analysis.significance import paired_bootstrap; "
         "x = np.ones((2, 1, 4431, 7, 2), int); paired_bootstrap(*x, 1); peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
         "before = peak(); paired_bootstrap(*x, 2000); print((peak() - before) / 1e3)"
     )

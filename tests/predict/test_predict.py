@@ -407,9 +407,10 @@ def test_other_classes_make_no_submission(tmp_path, result):
     from dataclasses import replace
 
     from agrivision_repro.cli.predict import plan_submission
+    from agrivision_repro.runs.run import Source
 
     with pytest.raises(ValueError, match="the run's classes are background, tree: a submission needs background, cloud_shadow"):
-        plan_submission(replace(result.run, data="naip-trees"), "", set())
+        plan_submission(replace(result.run, source=Source("naip-trees")), "", set())
 
 
 # -- the whole command
