@@ -115,7 +115,7 @@ def test_trains_and_predicts_without_the_notebooks_extra(tmp_path):
     predicted = run("predict", folder.name, str(image), "-o", "predicted")
     assert predicted.returncode == 0 and any((tmp_path / "predicted").iterdir()), predicted.stderr
     refused = run("reproduce", "--scale", "smoke")
-    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "agrivision_repro[notebooks]" in refused.stderr
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "'.[notebooks]'" in refused.stderr
 
 
 @pytest.fixture(scope="module")
