@@ -46,12 +46,11 @@ def predict(
     wanted = plan_submission(result.run, data_root, {scene.name for scene in scenes}) if submission else None
     window_starts(1, window or own_window(result), overlap)  # fail on a bad value before computing anything
     predictor, classes, sizes = load_predictor(result, checkpoint, tta, channels, device, precision), result.run.edition.classes, {}
-    print(describe_model(result))
+    print(f"{describe_model(result)}; maps go to {out}")
     for scene in scenes:
         found = predict_scene(scene, predictor, out, classes, window or own_window(result), overlap, pictures, describe_model(result))
         sizes[found.name] = found.size
         print(found.as_text(classes))
-    print(f"maps: {out}")
     if submission:
         write_submission(out / "labels", submission, wanted or sizes)
         print(f"{submission}: {len(wanted or sizes)} maps, all rules of the challenge met")

@@ -114,7 +114,9 @@ def test_an_older_run_says_what_to_do_and_the_command_does_it(trained, without, 
         main()
     except SystemExit as stop:
         assert not stop.code
-    assert "last, none, tested on rgb" in capsys.readouterr().out
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == f"{result.folder.name}  {result.run.title}" and printed[-1].endswith("scores-last-none.json")
+    assert printed[2].startswith("  tested on rgb: multi-label ") and " (was " in printed[2]
     assert path.read_bytes() == content
     path.unlink()
     assert score_again(result.folder, workspace) == result.scores  # its JSON file is there: the counts still come back
