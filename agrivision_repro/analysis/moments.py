@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn.functional import interpolate
 from .inputs import check_channels, check_evaluates, split_batch
 
 # %% auto #0
-__all__ = ['CPU_CHUNK', 'GPU_CHUNK', 'Layers', 'symmetric_kl', 'batch_mean', 'group_size', 'Moments', 'merge', 'extend', 'chunks',
+__all__ = ['CPU_CHUNK', 'GPU_CHUNK', 'STREAMS', 'Layers', 'symmetric_kl', 'batch_mean', 'Moments', 'merge', 'extend', 'chunks',
            'first_pixel', 'sample_moments', 'PixelStream', 'MeanStream', 'open_stream', 'find_relu_layers',
            'resolve_layers', 'EnoughError', 'LayerReader', 'fit_valid', 'masked_moments', 'Measured', 'measure',
            'measure_masks', 'over_processes']
@@ -42,18 +43,6 @@ def batch_mean(
     if not isinstance(n, int) or n < 1:
         raise ValueError(f"n is {n!r}: wanted the number of samples per batch, 1 or more")
     return f"batch_mean({n})"
-
-
-def group_size(
-    estimator: str,
-) -> int:  # samples averaged to one value; 0: every pixel is a value
-    "Return the number of samples per value of an estimator."
-    if estimator in ("sample", "pixel"):
-        return int(estimator == "sample")
-    found = re.fullmatch(r"batch_mean\(([1-9]\d*)\)", str(estimator))
-    if not found:
-        raise ValueError(f"estimator is {estimator!r}: wanted sample, pixel or batch_mean(n) with n from 1")
-    return int(found[1])
 
 # %% ../../nbs/40_moments.ipynb #cell-11
 class Moments(NamedTuple):
@@ -191,10 +180,22 @@ class MeanStream(PixelStream):
         return self.total
 
 # %% ../../nbs/40_moments.ipynb #f6c21675
-def open_stream(estimator: str) -> PixelStream:
+STREAMS: dict[str, Callable[[], PixelStream]] = {  # estimator → its stream
+    "sample": partial(MeanStream, 1),
+    "pixel": PixelStream,
+}
+
+
+def open_stream(
+    estimator: str,  # a key of `STREAMS`, or `batch_mean(n)`
+) -> PixelStream:
     "Return a new stream for an estimator."
-    n = group_size(estimator)
-    return MeanStream(n) if n else PixelStream()
+    if estimator in STREAMS:
+        return STREAMS[estimator]()
+    found = re.fullmatch(r"batch_mean\(([1-9]\d*)\)", str(estimator))
+    if not found:
+        raise ValueError(f"estimator is {estimator!r}: wanted {', '.join(STREAMS)} or batch_mean(n) with n from 1")
+    return MeanStream(int(found[1]))
 
 # %% ../../nbs/40_moments.ipynb #cell-22
 def find_relu_layers(

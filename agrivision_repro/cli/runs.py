@@ -67,10 +67,10 @@ def _format_means(
 ) -> str:
     "Format the mean scores on one test input in percent."
     from agrivision_repro.runs.listing import format_percent
-    from agrivision_repro.runs.store import METRIC_NAMES
+    from agrivision_repro.runs.store import metric_label
 
     was = {metric: f" (was {format_percent(scores['mean'])})" for metric, scores in (before or {}).items()}
-    means = [f"{METRIC_NAMES[metric]} {format_percent(s['mean'])}{was.get(metric, '')}" for metric, s in by_metric.items()]
+    means = [f"{metric_label(metric)} {format_percent(s['mean'])}{was.get(metric, '')}" for metric, s in by_metric.items()]
     return _fill(f"tested on {channels}: {'; '.join(means)}", "  ")
 
 

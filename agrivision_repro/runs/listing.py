@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from agrivision_repro.core import ANEW
-from agrivision_repro.runs.store import METRIC_NAMES, OtherVersion, RunFolder, refusing, run_folders
+from agrivision_repro.runs.store import OtherVersion, RunFolder, metric_label, refusing, run_folders
 
 
 def list_runs(
@@ -66,7 +66,7 @@ def _score_rows(folder: RunFolder) -> dict[str, str]:  # metric, test input, che
         for channels, by_metric in found["scores"].items():
             for metric, score in by_metric.items():
                 each = ", ".join(f"{name} {format_percent(share)}" for name, share in zip(classes, score["per_class"], strict=True))
-                rows[f"{METRIC_NAMES[metric]}, tested on {channels}, {checkpoint} weights"] = f"{format_percent(score['mean'])} ({each})"
+                rows[f"{metric_label(metric)}, tested on {channels}, {checkpoint} weights"] = f"{format_percent(score['mean'])} ({each})"
     return rows
 
 

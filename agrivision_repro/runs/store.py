@@ -189,9 +189,14 @@ class RunFolder:
 CHECKPOINTS = {"last": "weights.safetensors", "best": "best.safetensors"}
 
 
-METRIC_NAMES = {
-    "multilabel": "multi-label", "challenge": "challenge", "gated": "challenge, gated", "average_precision": "average precision",
-}  # fmt: skip
+_METRIC_LABELS = {"multilabel": "multi-label", "gated": "challenge, gated"}
+
+
+def metric_label(
+    metric: str,  # a key of `evaluate.METRICS`
+) -> str:
+    "Return the name of a metric in tables: its key with spaces, unless it has a name of its own."
+    return _METRIC_LABELS.get(metric, metric.replace("_", " "))
 
 
 @dataclass(frozen=True)

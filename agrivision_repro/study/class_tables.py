@@ -20,7 +20,7 @@ from ..plots import CLASS_COLORS, draw_panel
 from ..report.render import format_score, spread
 from ..runs.plan import PAPERS_DATA, gmacs_of, kind_of
 from ..runs.run import Run, build_model
-from ..runs.store import METRIC_NAMES, Result
+from ..runs.store import Result, metric_label
 from ..runs.workspace import Workspace
 from .compare import score_gain, tabulate_gains
 from .modality import predict_labels, format_paper
@@ -103,7 +103,7 @@ def class_table(
         if "paper" in scores:
             text["Paper: mean IoU"] = [format_paper(v) for v in of_means.paper]
             text["Gap"] = [f"{v:+.1f}" if v == v else "–" for v in of_means["mean"] - of_means.paper]
-        tables[METRIC_NAMES[metric]] = text.rename_axis(index=None, columns=None)
+        tables[metric_label(metric)] = text.rename_axis(index=None, columns=None)
     return pd.concat(tables)
 
 # %% ../../nbs/71_class_tables.ipynb #cell-12

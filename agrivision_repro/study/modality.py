@@ -14,7 +14,7 @@ from agrivision_repro.data.batches import CHANNEL_LABELS, IMAGENET, Statistics, 
 from agrivision_repro.data.tiles import Tile, as_panels, pack_labels, paint_labels, unpack_labels
 from agrivision_repro.plots import show_panels
 from agrivision_repro.report.render import format_score, spread
-from agrivision_repro.runs.store import METRIC_NAMES, Result
+from agrivision_repro.runs.store import Result, metric_label
 from agrivision_repro.runs.workspace import Workspace
 from agrivision_repro.study.compare import score_gain, tabulate_gains
 from agrivision_repro.study.paper import TABLE1
@@ -51,7 +51,7 @@ def modality_table(
     here: dict[str, dict] = {}
     paper: dict[str, dict] = {}
     for (trained, metric), cells in scores.groupby(["trained_on", "metric"], sort=False):
-        own, title = cells.set_index("tested_on"), METRIC_NAMES[metric]
+        own, title = cells.set_index("tested_on"), metric_label(metric)
         ours = {(title, f"Test on {CHANNEL_LABELS[m]}"): format_score(*own.loc[m, ["mean", "sd"]]) for m in MODALITIES}
         ours[title, "Perf. decay"] = format_score(*own.loc[OTHER[trained], ["decay", "decay_sd"]])
         ours[title, "Baseline: background everywhere"] = format_score(own.loc[trained, "background_only"])

@@ -10,7 +10,8 @@ from agrivision_repro.cli.app import main
 from agrivision_repro.core import write_json
 from agrivision_repro.runs.listing import compare_runs, list_runs, show_run
 from agrivision_repro.runs.run import plan_run
-from agrivision_repro.runs.store import METRIC_NAMES, OtherVersion, Result, RunFolder
+from agrivision_repro.runs.store import OtherVersion, Result, RunFolder
+from agrivision_repro.training.evaluate import METRICS
 
 PROVENANCE = {"device": "a GPU", "commit": "c" * 40, "is_dirty": True, "processes": 1, "precision": "bf16"}
 
@@ -21,7 +22,7 @@ def write_run(out, name, share=0.25, **fields):
     folder = RunFolder(out / "runs" / name)
     folder.write_record({"run": asdict(run), "title": run.title, "state": "finished", **PROVENANCE})
     metric = {"per_class": [None, *[share] * (len(run.edition.classes) - 1)], "mean": share, "background_only": 0.1}
-    scores = {channels: dict.fromkeys(METRIC_NAMES, metric) for channels in run.test_inputs}
+    scores = {channels: dict.fromkeys(METRICS, metric) for channels in run.test_inputs}
     folder.write_scores({name: {"iteration": 25_000, "scores": scores} for name in ("last", "best")})
     return folder
 

@@ -13,6 +13,7 @@ from agrivision_repro.data.batches import CHANNEL_LABELS, CHANNELS
 from agrivision_repro.models import backbones
 from agrivision_repro.report.render import banner_text, format_score
 from agrivision_repro.runs.run import plan_run
+from agrivision_repro.runs.store import Result
 from agrivision_repro.runs.workspace import Workspace
 from agrivision_repro.study import figures, tables
 from agrivision_repro.study.class_tables import backbone_row, class_scores, class_table, loss_row
@@ -27,8 +28,7 @@ def test_every_input_has_a_label():
 
 
 def test_a_new_norm_is_in_table_2_and_figure_2(monkeypatch, tmp_path):
-    monkeypatch.setattr(backbones, "NORMS", (*backbones.NORMS, "ibn_g"))
-    monkeypatch.setitem(backbones.FIRST_NORM, "ibn_g", partial(nn.GroupNorm, 1))
+    monkeypatch.setitem(backbones.NORMS, "ibn_g", partial(backbones.replace_first_norms, make=partial(nn.GroupNorm, 1)))
     monkeypatch.setattr(tables, "STUDIED_NORMS", (*tables.STUDIED_NORMS, "ibn_g"))
     workspace = Workspace(tmp_path, device="cpu", precision="float32")
     planned = [run for run in tables.table2() if run.depth == 50 and run.norm in ("bn", "ibn_g")]
@@ -48,7 +48,7 @@ def results_of(data: str, n_seeds: int, **fields) -> list:
     runs = [plan_run("laptop", data, seed=seed, **fields) for seed in range(n_seeds)]
     own = {"per_class": [0.5 + 0.01 * k for k in range(len(runs[0].edition.classes))], "background_only": 0.4}
     scores = [{c: {m: own | {"mean": 0.5 + 0.01 * r.seed - 0.1 * (c == "nir3")} for m in METRICS} for c in r.test_inputs} for r in runs]
-    return [SimpleNamespace(run=run, scores=score) for run, score in zip(runs, scores, strict=True)]
+    return [Result(run, None, {}, {"last": {"scores": score}}) for run, score in zip(runs, scores, strict=True)]
 
 
 @pytest.mark.parametrize(("data", "is_papers"), [("naip-trees", False), ("ag-net", False), ("agrivision-2020", True)])
