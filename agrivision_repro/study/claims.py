@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +17,6 @@ from agrivision_repro.analysis.significance import (
     AGREES,
     DISAGREES,
     LEVEL,
-    NO_EFFECT,
     NOT_JUDGED,
     RATIO_MARGIN,
     UNDECIDED,
