@@ -19,7 +19,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
-NOTEBOOKS = ["index.ipynb", "20_norms.ipynb", "tables/table1_modality.ipynb"]
+NOTEBOOKS = ["nbs/index.ipynb", "nbs/20_norms.ipynb", "nbs/tables/table1_modality.ipynb"]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
 LACKING = [name for name in ("jupyterlab", "selenium") if not find_spec(name)]
@@ -52,7 +52,9 @@ return {
 def lab(tmp_path_factory) -> Iterator[tuple[Path, dict]]:
     "JupyterLab on a copy of the notebooks without their outputs: its folder, and what it says of itself."
     home = tmp_path_factory.mktemp("home")
-    root = shutil.copytree(ROOT / "nbs", home / "nbs")
+    root = home / "checkout"
+    for folder in ("nbs", "results"):
+        shutil.copytree(ROOT / folder, root / folder)
     for name in NOTEBOOKS:
         write_notebook(root / name, read_cells(name))
     (home / "config" / "labconfig").mkdir(parents=True)
@@ -109,7 +111,7 @@ def browser(tmp_path_factory) -> Iterator:
 
 
 def read_cells(name: str) -> list:
-    return nbformat.read(ROOT / "nbs" / name, as_version=4).cells
+    return nbformat.read(ROOT / name, as_version=4).cells
 
 
 def write_notebook(path: Path, cells: list) -> None:

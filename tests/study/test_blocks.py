@@ -172,11 +172,12 @@ def test_no_text_overlaps_and_none_leaves_its_box(depth, stage):
 def test_notebook_runs_and_leaves_its_files(name, parameters, tmp_path):
     run = {"progress_bar": False, "kernel_name": "python3"}
     papermill.execute_notebook(str(TABLES / f"{name}.ipynb"), str(tmp_path / "ran.ipynb"), {"out": str(tmp_path), **parameters}, **run)
-    written = {p.name for p in tmp_path.iterdir()}
-    assert {f"{name}.png", f"{name}.csv", f"{name}.md", f"{name}.table.html"} <= written
-    assert len(Image.open(tmp_path / f"{name}.png").info["Description"]) > 40
+    (folder,) = (path.parent for path in tmp_path.rglob("tables"))
+    written = {p.name for kind in ("tables", "figures") for p in (folder / kind).iterdir()}
+    assert {f"{name}.png", f"{name}.csv", f"{name}.md", f"{name}.html"} <= written
+    assert len(Image.open(folder / "figures" / f"{name}.png").info["Description"]) > 40
     assert len(nbformat.read(TABLES / f"{name}.ipynb", as_version=4).cells) <= 8
-    header = (tmp_path / f"{name}.md").read_text().splitlines()[0]
+    header = (folder / "tables" / f"{name}.md").read_text().splitlines()[0]
     assert ("IBN-Net50-s" if name == "fig1_blocks" else "| Paper: §5 | Here: paper | Here: shipped |") in header
     with pytest.raises(papermill.PapermillExecutionError, match="unknown parameter lamda2"):
         papermill.execute_notebook(str(TABLES / f"{name}.ipynb"), str(tmp_path / "bad.ipynb"), {"lamda2": 1}, **run)
