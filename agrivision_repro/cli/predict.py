@@ -10,7 +10,7 @@ import typer
 from agrivision_repro.cli.data import DataName
 from agrivision_repro.cli.options import Device, Precision
 
-_TrainingsFolder = Annotated[Path, typer.Option("--out-of-trainings", help="Folder of all results, which contains the run.")]
+_ResultsFolder = Annotated[Path, typer.Option("--results", help="Folder of all results, which contains the run.")]
 
 
 _MapsFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder of the maps.")]
@@ -31,7 +31,7 @@ def predict(
     pictures: Annotated[bool, typer.Option(help="Draw RGB, NIR and the prediction for each image.")] = True,
     submission: _Submission = None,
     data_root: Annotated[str, typer.Option(help="Folder of the data whose test set the zip must cover. Default: the inputs.")] = "",
-    trainings: _TrainingsFolder = Path("out"),
+    results: _ResultsFolder = Path("out"),
     device: Device = "auto",
     precision: Precision = "auto",
 ):
@@ -42,7 +42,7 @@ def predict(
     from agrivision_repro.predict.windows import describe_model, load_predictor, own_window, window_starts  # fmt: skip
     from agrivision_repro.runs.store import find_run
 
-    result, scenes = find_run(trainings, run).result(), find_scenes(images)
+    result, scenes = find_run(results, run).result(), find_scenes(images)
     wanted = plan_submission(result.run, data_root, {scene.name for scene in scenes}) if submission else None
     window_starts(1, window or own_window(result), overlap)  # fail on a bad value before computing anything
     predictor, classes, sizes = load_predictor(result, checkpoint, tta, channels, device, precision), result.run.edition.classes, {}

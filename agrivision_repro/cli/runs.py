@@ -57,7 +57,7 @@ def train(
     if os.environ.get("RANK", "0") == "0":
         print(f"{run.title}: {result.folder}", "mean over classes, last weights:", sep="\n")
         print(*(_format_means(channels, by_metric) for channels, by_metric in result.scores.items()), sep="\n")
-        print(f"predict images with it: agrivision predict {result.folder.name} IMAGE --out MAPS --out-of-trainings {out}")
+        print(f"predict images with it: agrivision predict {result.folder.name} IMAGE --out MAPS --results {out}")
 
 
 def _format_means(

@@ -1,4 +1,4 @@
-"A comparison of two trainings by their tiles: the counts that are kept, and the intervals that are made of them."
+"A comparison of two runs by their tiles: the counts that are kept, and the intervals that are made of them."
 
 import json
 import os
@@ -28,10 +28,10 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def draw_counts(seed: int, n_trainings: int = 1, n_tiles: int = 12, n_classes: int = 3) -> np.ndarray:
-    "Counts of trainings, `(S, N, C, 2)`, one class in a third of the tiles only."
+def draw_counts(seed: int, n_runs: int = 1, n_tiles: int = 12, n_classes: int = 3) -> np.ndarray:
+    "Counts of runs, `(S, N, C, 2)`, one class in a third of the tiles only."
     rng = np.random.default_rng(seed)
-    union = rng.integers(1, 10**6, (n_trainings, n_tiles, n_classes))
+    union = rng.integers(1, 10**6, (n_runs, n_tiles, n_classes))
     union[:, n_tiles // 3 :, -1] = 0
     return np.stack([rng.integers(0, union + 1), union], -1)
 
@@ -320,7 +320,7 @@ def test_fields_are_drawn_whole():
 
 
 def draw_tiles(rng, n_fields: int, n_tiles: int, field_luck: float) -> np.ndarray:
-    "Counts `(2, N, 2, 2)` of two trainings; tiles are hard for both, and the lead of the second varies by tile and by field."
+    "Counts `(2, N, 2, 2)` of two runs; tiles are hard for both, and the lead of the second varies by tile and by field."
     n = n_fields * n_tiles
     lead = 0.1 + rng.normal(0, 0.2, (n, 2)) + np.repeat(rng.normal(0, field_luck, (n_fields, 1)), n_tiles, 0)
     hard = rng.normal(0, 1, (1, n, 1)) + np.array([1.0, -1.0])
@@ -345,7 +345,7 @@ def test_coverage(n_fields, n_tiles, field_luck, is_grouped, low, high):
 
 
 def test_two_runs_compared(trained):
-    "From two trainings to an interval round what the table says."
+    "From two runs to an interval round what the table says."
     workspace, first = trained
     second = workspace.result(replace(first.run, norm="ibn_s"))
     found = paired_bootstrap(first.tile_counts("rgb"), second.tile_counts("rgb"), 500)

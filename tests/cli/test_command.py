@@ -124,7 +124,7 @@ def test_a_mistake_in_the_shell():
 
 
 def test_killed_and_started_again(tmp_path):
-    "SIGKILL when some trainings are finished: those are not repeated, and the report is made."
+    "SIGKILL when some runs are finished: those are not repeated, and the report is made."
     out = tmp_path / "out"
     words = [BIN / "agrivision", "reproduce", "table3_losses", "--scale", "smoke", "--device", "cpu", "--out", out]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

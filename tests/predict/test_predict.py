@@ -338,7 +338,7 @@ def mistake(monkeypatch, capsys, result, tmp_path):
 
     def run(*words, contains):
         words = [result.folder.name, *words, "-o", tmp_path / "maps", "--device", "cpu"]
-        words += ["--out-of-trainings", result.folder.path.parents[1]]
+        words += ["--results", result.folder.path.parents[1]]
         monkeypatch.setattr(sys, "argv", ["agrivision", "predict", *map(str, words)])
         with pytest.raises(SystemExit) as stop:
             main()
@@ -390,7 +390,7 @@ def test_mistakes(words, contains, mistake, tmp_path, test_set):
 
 
 def test_no_such_training(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["agrivision", "predict", "abc", "a.tif", "-o", "b", "--out-of-trainings", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["agrivision", "predict", "abc", "a.tif", "-o", "b", "--results", str(tmp_path)])
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2 and "0 Runs in" in capsys.readouterr().err
@@ -418,7 +418,7 @@ def run_command(monkeypatch, *words) -> int:
 
 def test_the_command_and_its_submission(monkeypatch, capsys, result, test_set, tmp_path, predictor):
     words = [
-        "--out-of-trainings",
+        "--results",
         result.folder.path.parents[1],
         "--device",
         "cpu",

@@ -87,7 +87,7 @@ def test_crops_are_trained_on_and_whole_tiles_scored(paces, tmp_path):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_longest_first_is_within_grahams_bound(seed):
-    "Against every way of dealing seven trainings out to three devices."
+    "Against every way of dealing seven runs out to three devices."
     hours = np.random.default_rng(seed).integers(1, 20, 7).tolist()
     ways = (max(sum(h for h, d in zip(hours, way, strict=True) if d == k) for k in range(3)) for way in product(range(3), repeat=7))
     best = min(ways)

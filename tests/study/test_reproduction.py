@@ -1,4 +1,4 @@
-"All tables at once: every number of the report comes from the trainings, a failure stays where it is, nothing is done twice."
+"All tables at once: every number of the report comes from the runs, a failure stays where it is, nothing is done twice."
 
 import json
 import os
@@ -92,7 +92,7 @@ class Cells(HTMLParser):
             self.cells[-1] += data
 
 
-# --- every number comes from the trainings
+# --- every number comes from the runs
 
 
 def test_24_runs_serve_eight_notebooks(out):
@@ -266,7 +266,7 @@ def test_the_papers_scale_without_data_or_gpu(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-# --- trainings side by side
+# --- runs side by side
 
 
 def children(process):
@@ -294,8 +294,8 @@ def test_a_killed_training_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
-def test_stopped_trainings_save_their_states(tmp_path, signum):
-    "The command stopped, or killed: the trainings save what they have, and no process stays."
+def test_stopped_runs_save_their_states(tmp_path, signum):
+    "The command stopped, or killed: the runs save what they have, and no process stays."
     words = [BIN / "agrivision", "reproduce", "table1_modality", "--scale", "laptop", "--device", "cpu", "--out", tmp_path / "out"]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 120
