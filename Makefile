@@ -29,7 +29,7 @@ test: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python tools/run_nbdev_test.py
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-lab: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -rs -n 0 tests/repository/test_lab.py

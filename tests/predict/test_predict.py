@@ -432,7 +432,7 @@ def test_the_command_and_its_submission(monkeypatch, capsys, result, test_set, t
     zipped = ["--submission", tmp_path / "zip/upload.zip", "--data-root", test_set.parent, "--window", "64"]
     assert run_command(monkeypatch, "predict", result.folder.name[:6], test_set, "-o", tmp_path / "maps", *words, *zipped) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 7 and printed[-1].endswith("4 maps, all rules of the challenge met")
+    assert len(printed) == 6 and printed[-1].endswith("4 maps, all rules of the challenge met")
     assert "iterations on synthetic farmland" in printed[0]
     turned = load_predictor(result, "best", "d4", device="cpu", precision="float32")
     with zipfile.ZipFile(tmp_path / "zip/upload.zip") as archive:
