@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -35,6 +36,7 @@ def agrivision(
 
 def main() -> None:
     "Run the command; a usage error prints one line to stderr and exits with code 2 (set AGRIVISION_TRACEBACK for the traceback)."
+    warnings.formatwarning = lambda message, *_: f"agrivision: {message}\n"  # one line, without the source line
     try:
         code = app(standalone_mode=False)
     except Exception as error:

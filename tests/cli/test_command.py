@@ -149,3 +149,15 @@ def test_runs_from_any_folder(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "here" / "index.html").is_file()
     assert done.stdout.strip() == f"report: {tmp_path / 'here' / 'index.html'}"
+
+
+def test_a_warning_is_one_line(farm, tmp_path):
+    "Tiles of one's own without boundaries and masks."
+    mine = tmp_path / "mine"
+    for split in ("train", "val"):
+        for folder in ("images", "labels"):
+            shutil.copytree(farm / split / folder, mine / split / folder)
+    done = agrivision("data", "check", mine, "--data", "classes:waterway")
+    lines = [line for line in done.stderr.splitlines() if line and not line.startswith("checking ")]  # without progress bars
+    assert len(lines) == 2 and all(line.startswith("agrivision: ") for line in lines), done.stderr
+    assert "lacks boundaries/ or masks/: the pixels that they would mask count as valid" in lines[0]
