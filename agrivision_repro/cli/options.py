@@ -9,9 +9,9 @@ import typer
 
 
 def read_value(text: str):  # a Python value
-    "Parse `0.5`, `[0, 1]` or plain text."
+    "Parse `0.5`, `[0, 1]`, `true`, `False` or plain text."
     try:
-        return ast.literal_eval(text)
+        return ast.literal_eval(text.title() if text in ("true", "false") else text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # "{[]: 1}", deeply nested brackets
         return text
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from agrivision_repro.cli.app import main
+from agrivision_repro.cli.options import read_value
 from agrivision_repro.data.synthetic_files import SyntheticConfig, write_synthetic
 
 BIN = Path(sys.executable).parent
@@ -161,3 +162,7 @@ def test_a_warning_is_one_line(farm, tmp_path):
     lines = [line for line in done.stderr.splitlines() if line and not line.startswith("checking ")]  # without progress bars
     assert len(lines) == 2 and all(line.startswith("agrivision: ") for line in lines), done.stderr
     assert "lacks boundaries/ or masks/: the pixels that they would mask count as valid" in lines[0]
+
+
+def test_booleans_are_read_in_either_case():
+    assert [read_value(text) for text in ("true", "False", "truth", "0.5")] == [True, False, "truth", 0.5]
