@@ -45,7 +45,7 @@ class BufferPool:
         return np.asarray(lease).view(dtype).reshape(shape)
 
     def _find(self, n_bytes: int) -> np.ndarray:
-        "Take an unused buffer of that size, or allocate one."
+        "Return an unused buffer of that size, or allocate one."
         with self._lock:
             while self._returned:
                 self._free.append(self._returned.popleft())

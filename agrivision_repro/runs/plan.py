@@ -14,8 +14,6 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from agrivision_repro.core import read_json
@@ -207,21 +205,6 @@ def schedule(
 def makespan(hours: Sequence[float], n_devices: int) -> float:  # hours
     "Compute when the last run ends."
     return max(sum(hours[i] for i in device) for device in schedule(hours, n_devices))
-
-
-def _draw_schedule(hours: Sequence[float], n_devices: int, titles: Sequence[str]) -> Figure:
-    "Draw the runs of each device over time."
-    fig, ax = plt.subplots(figsize=(7, 0.6 + 0.4 * n_devices), dpi=90, layout="constrained")
-    for k, device in enumerate(schedule(hours, n_devices)):
-        start = 0.0
-        for i in device:
-            ax.barh(k, hours[i], left=start, color="#9db8c9", edgecolor="white")
-            ax.text(start + hours[i] / 2, k, titles[i], ha="center", va="center", fontsize=8)
-            start += hours[i]
-    ax.set(xlabel="hours", ylabel="device", yticks=range(n_devices))
-    ax.invert_yaxis()
-    plt.close(fig)
-    return fig
 
 
 def name_runs(runs: Sequence[Run]) -> list[str]:
