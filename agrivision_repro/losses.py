@@ -75,7 +75,7 @@ def dice_loss(
 # %% ../nbs/30_losses.ipynb #cell-15
 def lovasz_weights(
     sorted_targets: Tensor,  # labels in decreasing order of error, `(N,)` 0 or 1: all, or only the first N
-    n_present: int,  # number of pixels with the label, P
+    n_present: int | Tensor,  # number of pixels with the label, P
 ) -> Tensor:  # increments of the Jaccard loss, `(N,)` float64
     "Compute the IoU lost when each pixel is added to the wrong ones (eqs 7 and 8)."
     found = sorted_targets.cumsum(0, dtype=torch.int64)
@@ -90,15 +90,15 @@ FLOAT_BITS = 0x7FFFFFFF  # bits of a positive float32
 def sort_active(
     errors: Tensor,  # margin errors, 0 where inactive, `(P,)`
     targets: Tensor,  # `(P,)` bool
-) -> tuple[Tensor, Tensor]:  # index and label of the active pixels in decreasing order of error, `(N,)` int64
-    "Sort the active pixels of one class."
+) -> tuple[Tensor, Tensor]:  # index and label of the active pixels in decreasing order of error, `(N,)` int64; on a GPU the others follow
+    "Sort the active pixels of one class; on a GPU all pixels, because the CPU would have to wait for the number of active ones."
+    if errors.device.type != "cpu":
+        order = errors.float().argsort(descending=True, stable=True)
+        return order, targets[order].long()
     active = errors.nonzero()[:, 0]
     bits = FLOAT_BITS - errors[active].float().view(torch.int32)
     keys = bits.long().bitwise_left_shift_(32).add_(active, alpha=2).add_(targets[active])
-    if keys.device.type == "cpu":
-        keys.numpy().sort()
-    else:
-        keys = keys.sort().values
+    keys.numpy().sort()
     return (keys & 0xFFFFFFFF) >> 1, keys & 1
 
 # %% ../nbs/30_losses.ipynb #cell-21
@@ -108,14 +108,14 @@ class LovaszHinge(Function):
     @staticmethod
     def forward(ctx, scores: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
         errors = torch.where(targets, -scores, scores).add_(1).relu_().masked_fill_(~valid, 0)
-        n_present = (targets & valid).sum(1).tolist()
+        n_present = (targets & valid).sum(1)
         gradient, losses = torch.zeros_like(scores), []
         for row, row_targets, n, row_gradient in zip(errors, targets, n_present, gradient, strict=True):
             order, label = sort_active(row, row_targets)
             weights = lovasz_weights(label, n)
             losses.append(row[order].double() @ weights)
             row_gradient[order] = weights.mul_(1 - 2 * label).to(scores.dtype)
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(gradient.masked_fill_(errors == 0, 0))
         return torch.stack(losses).to(scores.dtype)
 
     @staticmethod

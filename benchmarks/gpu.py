@@ -1,17 +1,20 @@
 """Check a GPU in a few minutes: python benchmarks/gpu.py [--out gpu.json] [--device cuda]
 
 Norms, backbones, losses and metrics compared with the CPU; the first 60 steps of the paper's training at full size (IBN-Net101-s,
-hybrid loss, 32 tiles of 512² with random content), in bf16, compiled and in float32; the other benchmarks on the device. Prints a
-table and writes JSON. Needs a checkout and the installed package, but no data. With --device cpu the same code runs at a small size,
+hybrid loss, 32 tiles of 512² with random content), in bf16, compiled and in float32, with each loss's share of a step and the places
+where the CPU waits for the GPU; the other benchmarks on the device. Prints a table and writes JSON. Needs a checkout and the installed package, but no data. With --device cpu the same code runs at a small size,
 without compiler and benchmarks, as a smoke test.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -21,16 +24,16 @@ import torch
 from timing import finish
 from torch import Tensor, nn
 
-from agrivision_repro.data.batches import SampleStream, TileDataset, training_loader
+from agrivision_repro.data.batches import Batch, TileDataset
 from agrivision_repro.data.tiles import Tile
-from agrivision_repro.losses import bce_loss, dice_loss, lovasz_loss
+from agrivision_repro.losses import bce_loss, dice_loss, lovasz_loss, lovasz_weights
 from agrivision_repro.metrics import ChallengeIoU, MultilabelIoU
 from agrivision_repro.models.backbones import NORMS, create_backbone
 from agrivision_repro.models.norms import InstanceBatchNorm2d, SwitchNorm2d, SyncedBatchNorm2d
 from agrivision_repro.runs.run import Run, build_loss, build_model, plan_run
 from agrivision_repro.runs.store import provenance
 from agrivision_repro.training.engine import compile_model, make_engine
-from agrivision_repro.training.loop import Trainer
+from agrivision_repro.training.loop import Trainer, load_batches
 
 HERE = Path(__file__).resolve().parent
 TOLERANCE = {"norm": 1e-4, "backbone": 2e-3, "loss": 1e-4, "metric": 0.0}  # relative error of float32 on the GPU against float64 on the CPU
@@ -81,40 +84,109 @@ def random_tiles(n: int, side: int) -> list[Tile]:
     return [Tile.of(f"noise {k}", image, image[3] >> 2 & 63, image[0] > 10) for k, image in enumerate(images)]
 
 
-def train(run: Run, tiles: list[Tile], n_steps: int, device: str, precision: str, is_compiled: bool) -> dict:
-    "Train for some steps; return losses, tiles per second, memory and a breakdown of the time."
-    engine = make_engine(device, precision)
-    trainer = Trainer(build_model(run), build_loss(run), run.recipe, seed=run.seed, engine=engine)
-    compiled = compile_model(trainer.bare_model, engine.device) if is_compiled else "not asked"
-    if engine.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    feed, size = TileDataset(tiles, run.channels, 7), run.recipe.batch_size
-    shares = {"micro_batches": trainer.micro_batches, "n_micro_batches": trainer.n_micro_batches}
-    loader = training_loader(SampleStream(tiles), size, 0, n_steps, prepare=feed.prepare(engine.device), **shares)
-    waited, stepped, trained = [], [], trainer.model.train()
+def milliseconds(work: Callable[[], object], n: int) -> float:
+    "Return the mean time of a piece of work, queued n times without waiting in between."
+    finish()
     start = perf_counter()
-    for batch in loader:
-        finish()
-        waited.append(perf_counter() - start)
-        trainer.step([batch])
-        finish()
-        stepped.append(perf_counter() - start - waited[-1])
-        start = perf_counter()
-    del trained
-    warm = slice(min(10, n_steps // 2), None)
-    wait, step = (float(np.median(found[warm])) for found in (waited, stepped))
-    losses = torch.stack(trainer.history)[:, 1].tolist()
-    peak = torch.cuda.max_memory_allocated() / 1e9 if engine.device.type == "cuda" else float("nan")
-    return {
-        "precision": engine.precision, "compiled": compiled, "tiles/s": size / (wait + step), "step, ms": 1000 * step,
-        "waiting for data, ms": 1000 * wait, "peak memory, GB": peak, "is finite": bool(np.isfinite(losses).all()), "losses": losses,
-    }  # fmt: skip
+    for _ in range(n):
+        work()
+    finish()
+    return 1000 * (perf_counter() - start) / n
+
+
+def time_losses(trainer: Trainer, batches: Sequence[Batch]) -> dict[str, float]:
+    "Time forward and backward of each loss alone, on the model's own logits, and how many pixels the Lovász hinge must sort."
+    batch, loss = batches[0], trainer.loss
+    with torch.no_grad():
+        logits = trainer.engine.predict(trainer.model, batch.x)
+    pixels = logits.requires_grad_(), batch.targets, batch.valid
+    ways = {name: getattr(loss, name) for name in loss.term_names}
+    ways["lovasz, as before"] = lambda *given: hinge_of_active(*given)
+    times = {f"{name}, ms": len(batches) * min(milliseconds(lambda way=way: way(*pixels).backward(), 5) for _ in range(2)) for name, way in ways.items()}
+    margin = torch.where(batch.targets, logits, -logits) < 1
+    assert abs(float(loss.lovasz(*pixels)) - float(hinge_of_active(*pixels))) < 1e-4, "both forms have the same value"
+    return times | {"active pixels": float((margin & batch.valid[:, None]).float().mean())}
+
+
+def hinge_of_active(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+    "Compute the Lovász hinge from the active pixels alone, sorted as 64-bit keys: it waits for the GPU three times per class."
+    losses, scores = [], logits.float()
+    for c in range(logits.shape[1]):
+        y, mask = targets[:, c].flatten(), valid.flatten()
+        errors = (torch.where(y, -scores[:, c].flatten(), scores[:, c].flatten()) + 1).relu() * mask
+        active, n_present = errors.detach().nonzero()[:, 0], int((y & mask).sum())
+        keys = ((0x7FFFFFFF - errors[active].detach().view(torch.int32)).long() << 32) + 2 * active + y[active]
+        keys = keys.sort().values
+        order, label = (keys & 0xFFFFFFFF) >> 1, keys & 1
+        losses.append(errors[order].double() @ lovasz_weights(label, n_present))
+    return torch.stack(losses).mean().float()
+
+
+def count_waits(work: Callable[[], object]) -> list[str]:
+    "List where a piece of work makes the CPU wait for the GPU, by PyTorch's own count."
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return [f"{Path(w.filename).name}:{w.lineno}" for w in found if "synchroniz" in str(w.message)]
+
+
+def train(run: Run, tiles: list[Tile], n_steps: int, device: str, precision: str, is_compiled: bool = False) -> dict:
+    "Train for some steps as `fit` does; return losses, tiles per second, memory, and where the time goes."
+    engine, size, began = make_engine(device, precision), run.recipe.batch_size, perf_counter()
+    is_gpu, warm_up = engine.device.type == "cuda", min(10, n_steps // 2)
+    trainer = Trainer(build_model(run), build_loss(run), run.recipe, seed=run.seed, engine=engine)
+    found: dict = {"precision": engine.precision, "compiled": compile_model(trainer.bare_model, engine.device) if is_compiled else "not asked"}
+    if is_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    trainer.model.train()
+    recipe = trainer.recipe
+    trainer.recipe = replace(recipe, stop=n_steps)
+    loader = load_batches(trainer, TileDataset(tiles, run.channels, 7))
+    trainer.recipe = recipe
+    fixed = next(loader)
+    found["losses at the start"] = time_losses(trainer, fixed) if not is_compiled else {}
+    trainer.step(fixed)
+    for _, batches in zip(range(warm_up - 2), loader, strict=False):
+        trainer.step(batches)
+    finish()
+    found["start-up, s"], start, n = perf_counter() - began, perf_counter(), 0
+    for batches in loader:
+        trainer.step(batches)
+        n += 1
+    finish()
+    step = 1000 * (perf_counter() - start) / n
+    alone = milliseconds(lambda: trainer.step(fixed), n)
+    losses = torch.stack(trainer.history)[:n_steps, 1].tolist()
+    found |= {"tiles/s": 1000 * size / step, "step, ms": step, "step on a batch that is there, ms": alone, "waits for data": max(1 - alone / step, 0.0)}
+    found |= {"losses after training": time_losses(trainer, fixed)} if not is_compiled else {}
+    found |= {"waits for the GPU in a step": count_waits(lambda: trainer.step(fixed))} if is_gpu else {}
+    found |= {"peak memory, GB": torch.cuda.max_memory_allocated() / 1e9} if is_gpu else {}
+    return found | {"is finite": bool(np.isfinite(losses).all()), "losses": losses}
+
+
+def train_if_it_fits(*args, **options) -> dict:
+    "Train, or say that the device's memory is too small."
+    try:
+        return train(*args, **options)
+    except torch.OutOfMemoryError as error:
+        return {"is finite": True, "failed": f"out of memory: {str(error).splitlines()[0][:200]}"}
+    finally:
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def run_benchmark(name: str, device: str) -> str:
     "Run another benchmark on the device and return its output."
     words = [sys.executable, HERE / f"{name}.py", "--rounds", "5", "--device", device]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=HERE)
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=100, cwd=HERE)
+    except subprocess.TimeoutExpired:
+        return "FAILED\nnot done after 100 s"
     return done.stdout if done.returncode == 0 else f"FAILED\n{done.stderr[-2000:]}"
 
 
@@ -122,6 +194,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for a smoke test")
+    parser.add_argument("--seconds", type=float, default=240, help="after these, no further benchmark is started")
     given = parser.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA device here: this check is for a machine with a GPU (--device cpu shows that the code runs)")
@@ -131,17 +204,25 @@ if __name__ == "__main__":
     run = replace(run, recipe=replace(run.recipe, pretrained=False, crop=0))
     tiles, n_steps = random_tiles(64 if is_gpu else 8, 512 if is_gpu else 64), 60 if is_gpu else 6
     report = {"machine": provenance(make_engine(wanted)), "parity": check_parity(torch.device(given.device)), "training": {}}
-    ways = {"bf16": ("bf16", False), "bf16, compiled": ("bf16", True), "float32": ("float32", False)}
+    ways = {"bf16": ("bf16", False), "float32": ("float32", False)}
+    ways |= {"bf16, fastest convolutions": ("bf16", False), "bf16, compiled": ("bf16", True)} if is_gpu else {}
     for name, (precision, is_compiled) in ways.items():
-        if is_compiled and not is_gpu:
-            continue
-        steps = n_steps if name != "float32" else min(n_steps, 30)
-        report["training"][name] = train(run, tiles, steps, wanted, precision, is_compiled)
-        print(f"{name}: {report['training'][name]['tiles/s']:.1f} tiles/s", flush=True)
-    first, second = (np.array(report["training"][name]["losses"][: min(n_steps, 30)]) for name in ("bf16", "float32"))
-    report["bf16 against float32, mean relative difference of the loss"] = float(np.mean(np.abs(first - second) / second))
-    names = ("norms", "losses", "network", "divergence") if is_gpu else ()
-    report["benchmarks"] = {name: run_benchmark(name, given.device) for name in names}
+        steps = min(n_steps, 30) if name == "float32" else n_steps
+        torch.backends.cudnn.benchmark = name == "bf16, fastest convolutions"
+        report["training"][name] = train_if_it_fits(run, tiles, steps, wanted, precision, is_compiled)
+        print(f"{name}: {report['training'][name].get('tiles/s', 0):.1f} tiles/s, {perf_counter() - began:.0f} s so far", flush=True)
+    torch.backends.cudnn.benchmark = False
+    if is_gpu:
+        small = plan_run("workstation", "agrivision-2020", norm="ibn_s", lovasz=1.0)
+        report["training"]["workstation scale"] = train_if_it_fits(small, random_tiles(32, 256), n_steps, wanted, "bf16")
+    curves = [np.array(report["training"][name].get("losses", [])[: min(n_steps, 30)]) for name in ("bf16", "float32")]
+    if all(map(len, curves)):
+        difference = np.mean(np.abs(curves[0] - curves[1]) / curves[1])
+        report["bf16 against float32, mean relative difference of the loss"] = float(difference)
+    report["benchmarks"] = {}
+    for name in ("norms", "losses", "network", "divergence") if is_gpu else ():
+        if perf_counter() - began < given.seconds:
+            report["benchmarks"][name] = run_benchmark(name, given.device)
     bad = [name for name, error in report["parity"].items() if error > TOLERANCE[name.split()[0]]]
     bad += [f"training {name}" for name, found in report["training"].items() if not found["is finite"]]
     bad += [f"benchmark {name}" for name, text in report["benchmarks"].items() if text.startswith("FAILED")]
@@ -150,7 +231,9 @@ if __name__ == "__main__":
     for name, error in report["parity"].items():
         print(f"{name:32} relative error {error:.1e}{'  TOO LARGE' if name in bad else ''}")
     for name, found in report["training"].items():
-        print(f"training {name:23} {', '.join(f'{k} {v:.1f}' for k, v in found.items() if isinstance(v, float))}; {found['compiled']}")
+        print(f"training {name:27} {', '.join(f'{k} {v:.3g}' for k, v in found.items() if isinstance(v, float))}; {found.get('compiled', found)}")
+        for moment in ("losses at the start", "losses after training", "waits for the GPU in a step"):
+            print(f"    {moment}: {found.get(moment)}")
     print(*report["benchmarks"].values(), sep="\n")
     print(f"{report['seconds']:.0f} s, {len(bad)} failed{': ' + ', '.join(bad) if bad else ''}; written to {given.out}")
     sys.exit(bool(bad))

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from agrivision_repro.models.norms import InstanceBatchNorm2d, SwitchNorm2d
 
-SHAPES = ((8, 64, 64, 64), (8, 256, 32, 32))
+SHAPES = {"cpu": ((8, 64, 64, 64), (8, 256, 32, 32)), "cuda": ((32, 64, 128, 128), (32, 256, 128, 128))}
+DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}  # of activations in training
 
 
 class PlainSwitchNorm2d(SwitchNorm2d):
@@ -52,7 +53,8 @@ def step(norm: nn.Module, x: Tensor, gradient: Tensor):
 
 def compare(shape: tuple[int, ...], layout: torch.memory_format, given: Namespace) -> None:
     channels = shape[1]
-    x, gradient = (torch.randn(shape).to(memory_format=layout) for _ in range(2))
+    dtype = DTYPE[given.device]
+    x, gradient = (torch.randn(shape).to(dtype, memory_format=layout) for _ in range(2))
     x.requires_grad_()
     torch.compiler.reset()
     switched = {
@@ -69,12 +71,12 @@ def compare(shape: tuple[int, ...], layout: torch.memory_format, given: Namespac
     for title, norms, against in (("SwitchNorm", switched, "plain"), ("IBN-a", halves, "split and concat")):
         medians = alternate({name: step(norm, x, gradient) for name, norm in norms.items()}, given.rounds)
         table = table_of(medians, against)
-        table["peak of forward, inputs"] = [round(peak_bytes(lambda norm=norm: norm(x)) / (4 * x.numel()), 2) for norm in norms.values()]
-        show(given, f"{title}, {shape}, {str(layout).removeprefix('torch.')}", table)
+        table["peak of forward, inputs"] = [round(peak_bytes(lambda norm=norm: norm(x)) / x.nbytes, 2) for norm in norms.values()]
+        show(given, f"{title}, {shape}, {str(dtype).removeprefix('torch.')}, {str(layout).removeprefix('torch.')}", table)
 
 
 if __name__ == "__main__":
     given = set_up(__doc__)
-    for shape in SHAPES:
+    for shape in SHAPES[given.device]:
         for layout in (torch.contiguous_format, torch.channels_last):
             compare(shape, layout, given)

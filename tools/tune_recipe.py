@@ -1,9 +1,10 @@
-"""Evaluate laptop recipes on ResNet101 alone, on a held-out part of the *training* tiles; append one table row per recipe and seed.
+"""Evaluate recipes on ResNet101 alone, on a held-out part of the *training* tiles; append one table row per recipe and seed.
 
 usage: tune_recipe.py DATA TABLE.csv [--data-root DIR] [--out DIR] [--seeds 0,1] [--channels rgb] [--n-train N]
+       [--scale laptop] [--device cpu]
        FIELD=VALUE[,FIELD=VALUE ...] ...
 
-Each argument is one recipe: the fields of `Recipe` in which it differs from the laptop scale's. `iterations=N` keeps the laptop's
+Each argument is one recipe: the fields of `Recipe` in which it differs from the scale's. `iterations=N` keeps the paper's
 proportions of constant phase and decay. Rows already in the table are not run again.
 """
 
@@ -55,7 +56,7 @@ def last_norms(model: torch.nn.Module) -> float:
 
 def try_recipe(run: Run, workspace: Workspace, state: Path, n_train: int) -> dict:
     "Train on one part of the training tiles and score on the other, before and after recalibration."
-    engine, (train, held) = make_engine("cpu", workspace.precision), split_training(run, workspace, n_train)
+    engine, (train, held) = make_engine(workspace.device, workspace.precision), split_training(run, workspace, n_train)
     recipe, began = replace(run.recipe, recalibrate=0), time.monotonic()
     trainer = Trainer(build_model(run), build_loss(run), recipe, seed=run.seed, engine=engine)
     fit(trainer, train, state, title=run.title, save_every=10**9)
@@ -76,12 +77,13 @@ def main() -> None:
     parser.add_argument("--data-root", default=""), parser.add_argument("--out", default="out/tuning")
     parser.add_argument("--seeds", default="0"), parser.add_argument("--channels", default="rgb")
     parser.add_argument("--n-train", type=int, default=0, help="maximum number of training tiles, evenly spread; 0: all")
+    parser.add_argument("--scale", default="laptop"), parser.add_argument("--device", default="cpu", help="cpu or auto")
     args = parser.parse_args()
-    workspace = Workspace(args.out, args.data_root, "cpu")
+    workspace = Workspace(args.out, args.data_root, args.device)
     for words in args.recipes:
         for seed in map(int, args.seeds.split(",")):
             key = {"data": find_edition(args.data).name, "channels": args.channels, "recipe": words, "seed": seed}
-            run = plan_run("laptop", args.data, channels=args.channels, seed=seed, lovasz=1.0)
+            run = plan_run(args.scale, args.data, channels=args.channels, seed=seed, lovasz=1.0)
             run = replace(run, recipe=read_recipe(run.recipe, words))
             known = pd.read_csv(args.table) if args.table.exists() else pd.DataFrame(columns=list(key))
             if (known[list(key)].astype(str) == {k: str(v) for k, v in key.items()}).all(axis=1).any():

@@ -83,6 +83,11 @@ class Workspace:
         "Return True if models are trained on a GPU."
         return self.device == "auto" and torch.accelerator.is_available()
 
+    @property
+    def torch_device(self) -> torch.device:
+        "Return the device on which models are trained and measured."
+        return make_engine(self.device, self.precision).device
+
     def root(self, source: Source) -> Path:
         "Return the folder of a source's tiles, writing them first if they are synthetic."
         return source.root(self.out, self.data_root)

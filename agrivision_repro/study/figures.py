@@ -57,7 +57,7 @@ def run_divergence(
     if read_divergence(path) is None:
         streams = (inputs_of(workspace.feed(result.run, "val", channels)) for channels in MODALITIES)
         options = {"estimator": ESTIMATORS, "n_resamples": n_resamples, "paired": True, "places": workspace.fields(result.run)}
-        table = divergence(result.model(), *streams, **options)
+        table = divergence(result.model().to(workspace.torch_device), *streams, **options)
         replace_file(path, lambda fresh: table.to_csv(fresh, index=False))
     return read_divergence(path)
 
@@ -153,7 +153,7 @@ def class_divergence(
     loaders = (scoring_loader(feed.tiles, prepare=feed.prepare("cpu")) for feed in feeds)
     a, b = (((batch.x, batch.targets, batch.valid) for batch in loader) for loader in loaders)
     options = {"n_resamples": n_resamples, "paired": True, "places": workspace.fields(result.run)}
-    return divergence_by_class(result.model(), a, b, result.run.edition.classes, **options)
+    return divergence_by_class(result.model().to(workspace.torch_device), a, b, result.run.edition.classes, **options)
 
 # %% ../../nbs/68_figures.ipynb #cell-15
 @torch.no_grad()

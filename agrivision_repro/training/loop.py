@@ -74,7 +74,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.iteration += 1
-        self.history.append(torch.cat([losses.new_tensor([rate]), losses]))
+        self.history.append(torch.cat([losses.new_full((1,), rate), losses]))
         return self.history[-1]
 
     def backward(self, batch: Batch, k: int) -> Tensor:  # loss and its terms
