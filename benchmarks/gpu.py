@@ -2,8 +2,8 @@
 
 Norms, backbones, losses and metrics compared with the CPU; the first 60 steps of the paper's training at full size (IBN-Net101-s,
 hybrid loss, 32 tiles of 512² with random content), in bf16, compiled and in float32, with each loss's share of a step and the places
-where the CPU waits for the GPU; the other benchmarks on the device. Prints a table and writes JSON. Needs a checkout and the installed package, but no data. With --device cpu the same code runs at a small size,
-without compiler and benchmarks, as a smoke test.
+where the CPU waits for the GPU; the other benchmarks on the device. Prints a table and writes JSON. Needs a checkout and the
+installed package, but no data. With --device cpu the same code runs at a small size, without compiler and benchmarks, as a smoke test.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from agrivision_repro.models.backbones import NORMS, create_backbone
 from agrivision_repro.models.norms import InstanceBatchNorm2d, SwitchNorm2d, SyncedBatchNorm2d
 from agrivision_repro.runs.run import Run, build_loss, build_model, plan_run
 from agrivision_repro.runs.store import provenance
-from agrivision_repro.training.engine import compile_model, make_engine
+from agrivision_repro.training.engine import make_engine
 from agrivision_repro.training.loop import Trainer, load_batches
 
 HERE = Path(__file__).resolve().parent
@@ -41,7 +41,7 @@ TOLERANCE = {"norm": 1e-4, "backbone": 2e-3, "loss": 1e-4, "metric": 0.0}  # rel
 
 def distance(here: Tensor, there: Tensor) -> float:
     "Compute the largest difference, relative to the largest value."
-    here, there = here.double().cpu(), there.double()
+    here, there = here.detach().double().cpu(), there.detach().double()
     return float((here - there).abs().max() / there.abs().max().clamp(min=1e-12))
 
 
@@ -102,9 +102,13 @@ def time_losses(trainer: Trainer, batches: Sequence[Batch]) -> dict[str, float]:
     pixels = logits.requires_grad_(), batch.targets, batch.valid
     ways = {name: getattr(loss, name) for name in loss.term_names}
     ways["lovasz, as before"] = lambda *given: hinge_of_active(*given)
-    times = {f"{name}, ms": len(batches) * min(milliseconds(lambda way=way: way(*pixels).backward(), 5) for _ in range(2)) for name, way in ways.items()}
+    times = {}
+    for name, way in ways.items():
+        milliseconds(lambda way=way: way(*pixels).backward(), 2)
+        times[f"{name}, ms"] = len(batches) * milliseconds(lambda way=way: way(*pixels).backward(), 5)
     margin = torch.where(batch.targets, logits, -logits) < 1
-    assert abs(float(loss.lovasz(*pixels)) - float(hinge_of_active(*pixels))) < 1e-4, "both forms have the same value"
+    with torch.no_grad():
+        assert abs(loss.lovasz(*pixels) - hinge_of_active(*pixels)) < 1e-4, "both forms have the same value"
     return times | {"active pixels": float((margin & batch.valid[:, None]).float().mean())}
 
 
@@ -120,6 +124,15 @@ def hinge_of_active(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
         order, label = (keys & 0xFFFFFFFF) >> 1, keys & 1
         losses.append(errors[order].double() @ lovasz_weights(label, n_present))
     return torch.stack(losses).mean().float()
+
+
+def list_kernels(work: Callable[[], object], n: int = 20) -> list[tuple[str, int, float]]:
+    "List the GPU kernels that take most of the time: name, calls, milliseconds."
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+        work()
+        finish()
+    rows = [(e.key[:90], e.count, round(e.self_device_time_total / 1000, 2)) for e in recorded.key_averages()]
+    return sorted(rows, key=lambda row: -row[2])[:n]
 
 
 def count_waits(work: Callable[[], object]) -> list[str]:
@@ -138,15 +151,14 @@ def train(run: Run, tiles: list[Tile], n_steps: int, device: str, precision: str
     "Train for some steps as `fit` does; return losses, tiles per second, memory, and where the time goes."
     engine, size, began = make_engine(device, precision), run.recipe.batch_size, perf_counter()
     is_gpu, warm_up = engine.device.type == "cuda", min(10, n_steps // 2)
-    trainer = Trainer(build_model(run), build_loss(run), run.recipe, seed=run.seed, engine=engine)
-    found: dict = {"precision": engine.precision, "compiled": compile_model(trainer.bare_model, engine.device) if is_compiled else "not asked"}
+    short = replace(run.recipe, stop=n_steps)  # too short to be compiled
+    trainer = Trainer(build_model(run), build_loss(run), run.recipe if is_compiled else short, seed=run.seed, engine=engine)
+    found: dict = {"precision": engine.precision, "speed": trainer.speed}
     if is_gpu:
         torch.cuda.reset_peak_memory_stats()
     trainer.model.train()
-    recipe = trainer.recipe
-    trainer.recipe = replace(recipe, stop=n_steps)
+    trainer.recipe = short
     loader = load_batches(trainer, TileDataset(tiles, run.channels, 7))
-    trainer.recipe = recipe
     fixed = next(loader)
     found["losses at the start"] = time_losses(trainer, fixed) if not is_compiled else {}
     trainer.step(fixed)
@@ -161,9 +173,10 @@ def train(run: Run, tiles: list[Tile], n_steps: int, device: str, precision: str
     step = 1000 * (perf_counter() - start) / n
     alone = milliseconds(lambda: trainer.step(fixed), n)
     losses = torch.stack(trainer.history)[:n_steps, 1].tolist()
-    found |= {"tiles/s": 1000 * size / step, "step, ms": step, "step on a batch that is there, ms": alone, "waits for data": max(1 - alone / step, 0.0)}
+    found |= {"tiles/s": 1000 * size / step, "step, ms": step, "step on one batch, ms": alone, "waits for data": max(1 - alone / step, 0.0)}
     found |= {"losses after training": time_losses(trainer, fixed)} if not is_compiled else {}
     found |= {"waits for the GPU in a step": count_waits(lambda: trainer.step(fixed))} if is_gpu else {}
+    found |= {"kernels": list_kernels(lambda: trainer.step(fixed))} if is_gpu else {}
     found |= {"peak memory, GB": torch.cuda.max_memory_allocated() / 1e9} if is_gpu else {}
     return found | {"is finite": bool(np.isfinite(losses).all()), "losses": losses}
 
@@ -204,13 +217,15 @@ if __name__ == "__main__":
     run = replace(run, recipe=replace(run.recipe, pretrained=False, crop=0))
     tiles, n_steps = random_tiles(64 if is_gpu else 8, 512 if is_gpu else 64), 60 if is_gpu else 6
     report = {"machine": provenance(make_engine(wanted)), "parity": check_parity(torch.device(given.device)), "training": {}}
+    print(f"parity: {perf_counter() - began:.0f} s", flush=True)
     ways = {"bf16": ("bf16", False), "float32": ("float32", False)}
-    ways |= {"bf16, fastest convolutions": ("bf16", False), "bf16, compiled": ("bf16", True)} if is_gpu else {}
+    ways |= {"bf16, compiled": ("bf16", True), "bf16, fastest convolutions": ("bf16", False)} if is_gpu else {}
     for name, (precision, is_compiled) in ways.items():
         steps = min(n_steps, 30) if name == "float32" else n_steps
         torch.backends.cudnn.benchmark = name == "bf16, fastest convolutions"
         report["training"][name] = train_if_it_fits(run, tiles, steps, wanted, precision, is_compiled)
         print(f"{name}: {report['training'][name].get('tiles/s', 0):.1f} tiles/s, {perf_counter() - began:.0f} s so far", flush=True)
+        given.out.write_text(json.dumps(report, indent=1) + "\n")
     torch.backends.cudnn.benchmark = False
     if is_gpu:
         small = plan_run("workstation", "agrivision-2020", norm="ibn_s", lovasz=1.0)
@@ -231,8 +246,9 @@ if __name__ == "__main__":
     for name, error in report["parity"].items():
         print(f"{name:32} relative error {error:.1e}{'  TOO LARGE' if name in bad else ''}")
     for name, found in report["training"].items():
-        print(f"training {name:27} {', '.join(f'{k} {v:.3g}' for k, v in found.items() if isinstance(v, float))}; {found.get('compiled', found)}")
-        for moment in ("losses at the start", "losses after training", "waits for the GPU in a step"):
+        print(f"training {name:27} {', '.join(f'{k} {v:.3g}' for k, v in found.items() if isinstance(v, float))}")
+        print(f"    {found.get('failed') or found['speed']}")
+        for moment in ("losses at the start", "losses after training", "waits for the GPU in a step", "kernels"):
             print(f"    {moment}: {found.get(moment)}")
     print(*report["benchmarks"].values(), sep="\n")
     print(f"{report['seconds']:.0f} s, {len(bad)} failed{': ' + ', '.join(bad) if bad else ''}; written to {given.out}")

@@ -55,7 +55,7 @@ class AffineMap(Function):
         x, scale = ctx.saved_tensors
         product = y_grad * x.to(scale.dtype)
         scale_grad, shift_grad = product.sum((2, 3)), y_grad.sum((2, 3), dtype=scale.dtype)
-        x_grad = torch.mul(y_grad, scale[..., None, None], out=product)
+        x_grad = product.copy_(y_grad).mul_(scale[..., None, None])  # in the memory of the product
         return x_grad.to(x.dtype), scale_grad, shift_grad
 
 # %% ../../nbs/20_norms.ipynb #cell-11
