@@ -1,6 +1,6 @@
 # make test        run all checks that CI runs
 # make test-lab    run only the notebooks in JupyterLab, in a real browser (needs chromium and chromedriver)
-# make reproduce   SCALE=smoke|laptop|workstation|paper DATA=synthetic|naip-trees|ag-net|agrivision-{2020,2021,cvpr2020} DATA_ROOT=DIR OUT=DIR TABLES="..."
+# make reproduce   SCALE=smoke|laptop|workstation|paper DATA=synthetic|naip-trees|ag-net|agrivision-{2020,2021,cvpr2020} DATA_ROOT=DIR OUT=DIR TABLES="..." AT_ONCE=N
 # make notebooks   run every notebook, save its outputs, export the package and README.md
 # make export      clean the notebooks, export the package and README.md without running anything
 # make docs        build the site in _docs/: every notebook with its saved outputs, and the API; no external resources
@@ -13,6 +13,7 @@ OUT       ?= out
 SEEDS     ?= 0
 DEVICE    ?= auto
 TABLES    ?=
+AT_ONCE   ?= 0
 PYTHON    ?=
 PIP_ARGS  ?=
 VENV      ?= .venv
@@ -35,7 +36,7 @@ test-lab: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -rs -n 0 tests/repository/test_lab.py
 
 reproduce: $(VENV)/.ready
-	$(BIN)/agrivision reproduce $(TABLES) --scale $(SCALE) --data $(DATA) --data-root "$(DATA_ROOT)" --out "$(OUT)" --seeds "$(SEEDS)" --device $(DEVICE)
+	$(BIN)/agrivision reproduce $(TABLES) --scale $(SCALE) --data $(DATA) --data-root "$(DATA_ROOT)" --out "$(OUT)" --seeds "$(SEEDS)" --device $(DEVICE) --at-once $(AT_ONCE)
 
 notebooks: $(VENV)/.ready
 	$(BIN)/python tools/export.py --run

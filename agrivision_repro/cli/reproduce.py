@@ -157,6 +157,7 @@ def reproduce(
     precision: Precision = "auto",
     parameter: Annotated[list[str] | None, typer.Option("-p", help="NAME=VALUE: another parameter of the notebooks.")] = None,
     ray: Annotated[str, typer.Option(help="Train with Ray: auto (the running cluster), local (start one here), or HOST:PORT.")] = "",
+    at_once: Annotated[int, typer.Option(min=0, help="Runs trained at the same time. Default: 1 on a GPU, as many as suit the cores on a CPU.")] = 0,
 ):
     "Train what the tables need, run their notebooks and write the report."
     _need_notebooks()
@@ -170,7 +171,7 @@ def reproduce(
     if scale == "paper" and not ray:
         _check_can_run(runs, workspace)
     _warn_of_replacing(parameters, workspace.report)
-    failures = _train_all(runs, workspace, ray)
+    failures = _train_all(runs, workspace, ray, at_once)
     results = {name: [] if name in failures else workspace.results(runs[name]) for name in names}
     failures |= _run_notebooks({name: own for name, own in parameters.items() if name not in failures}, results, workspace.report)
     print(f"report: {write_report(results, workspace, failures)}")
@@ -199,13 +200,14 @@ def _train_all(
     runs: dict[str, list],  # table → its Runs
     workspace,
     ray: str,  # address; "": on this machine
+    at_once: int,  # Runs trained at the same time on this machine; 0: chosen by the launcher
 ) -> dict[str, str]:  # table that cannot be made → error message
     "Train the Runs that the tables need."
     from agrivision_repro.runs.launch import launch
     from agrivision_repro.runs.plan import name_runs
 
     unique = list(dict.fromkeys(run for own in runs.values() for run in own))
-    failed = (launch(unique, workspace, "ray", address=ray) if ray else launch(unique, workspace)).failures
+    failed = (launch(unique, workspace, "ray", address=ray) if ray else launch(unique, workspace, at_once=at_once)).failures
     for run, name in zip(unique, name_runs(unique), strict=True):
         if run in failed:
             print(f"agrivision: {name} failed: {failed[run]}", file=sys.stderr)

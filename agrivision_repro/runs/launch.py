@@ -27,6 +27,7 @@ def launch(
     runs: Sequence[Run],
     workspace: Workspace,  # for Ray, its folders are shared by all machines, under the same paths
     backend: str = "auto",  # one of `BACKENDS`; "auto": one by one on a GPU, side by side on a CPU
+    at_once: int = 0,  # Runs on this machine at the same time; 0: chosen by the backend
     **options,  # for Ray: see `cluster.train_on_ray`
 ) -> Outcome:
     "Train Runs, each once; a failed Run does not stop the others."
@@ -41,7 +42,7 @@ def launch(
     if todo and backend == "ray":
         failures = cluster.train_on_ray(todo, workspace, **options)
     elif todo:
-        failures = local.train_here(todo, workspace, backend, **options)
+        failures = local.train_here(todo, workspace, backend, at_once)
     results = {run: result for run in unique if (result := workspace.finished(run)) is not None}
     unseen = "it ended, but its folder is not visible here: pass an --out that all machines share"
     return Outcome(results, {run: failures.get(run, unseen) for run in unique if run not in results})

@@ -27,9 +27,10 @@ def train_here(
     runs: Sequence[Run],
     workspace: Workspace,
     backend: str = "auto",  # a key of `launch.BACKENDS`, but for "ray"
+    at_once: int = 0,  # number of Runs side by side; 0: see `_divide_cores`
 ) -> dict[Run, str]:  # failed Runs and their errors
     "Train Runs on this machine."
-    n_at_once, n_threads = _divide_cores(runs, workspace.on_gpu or backend == "one by one")
+    n_at_once, n_threads = _divide_cores(runs, workspace.on_gpu or backend == "one by one", at_once=at_once)
     if n_at_once == 1 and backend != "side by side":
         return _train_one_by_one(runs, workspace)
     return _SideBySide(runs, workspace, n_threads).train(n_at_once)
@@ -39,9 +40,13 @@ def _divide_cores(
     runs: Sequence[Run],
     one_by_one: bool,
     n_cores: int = 0,  # of this machine; 0: those that this process may use
+    at_once: int = 0,  # number of Runs asked for; 0: one on a GPU or with whole tiles, otherwise two or half as many as cores
 ) -> tuple[int, int]:  # parallel runs, and cores per run
     "Divide the cores of a machine among Runs."
     n_cores = n_cores or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+    if at_once:
+        n_at_once = min(at_once, len(runs))
+        return n_at_once, max(n_cores // n_at_once, 1)
     if one_by_one or not all(run.recipe.crop for run in runs):
         return 1, n_cores
     n_at_once = max(1, min(len(runs), n_cores, max(2, n_cores // 2)))

@@ -54,7 +54,7 @@ SCALES = {
         SyntheticConfig(size=128, train_fields=80, val_fields=48, test_fields=1),
         {"naip-trees": {"lr": 0.4}, "synthetic": {"warmup": 100, "constant": 117, "decay": 283, "lr": 0.4, "crop": 96}},
     ),
-    "workstation": Scale(  # minutes per run on one GPU
+    "workstation": Scale(  # about four minutes per run on one GPU
         Recipe(200, 233, 567, lr=0.2, batch_size=16, crop=128, pretrained=False, recalibrate=256, evaluate_every=1_000),
         SyntheticConfig(size=256, train_fields=200, val_fields=60, test_fields=2),
     ),

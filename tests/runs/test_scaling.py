@@ -20,6 +20,7 @@ from agrivision_repro.cli.app import main
 from agrivision_repro.runs import plan
 from agrivision_repro.runs.jobs import Interrupted, train_one
 from agrivision_repro.runs.launch import launch
+from agrivision_repro.runs.local import _divide_cores
 from agrivision_repro.runs.plan import Throughput, estimate, gmacs_of, kind_of, makespan, name_runs, time_steps
 from agrivision_repro.runs.run import plan_run
 from agrivision_repro.runs.workspace import Workspace
@@ -268,3 +269,13 @@ def test_the_command_names_what_failed(trained, command):
     assert complaints[1].startswith("agrivision: table1_modality failed: its run ResNet101 on RGB, seed 1 failed: ")
     assert "is not a complete safetensors file" in complaints[0]
     assert trained.workspace.finished(whole) and not trained.workspace.finished(broken)
+
+
+@pytest.mark.parametrize(
+    ("n_runs", "is_one_by_one", "asked", "wanted"),
+    [(24, True, 0, (1, 16)), (24, True, 14, (14, 1)), (3, True, 14, (3, 5)), (24, False, 0, (8, 2)), (24, False, 2, (2, 8)), (1, False, 40, (1, 16))],
+)
+def test_sixteen_cores_are_divided_among_the_runs(n_runs, is_one_by_one, asked, wanted):
+    "On a GPU one run at a time unless more are asked for; never more than there are runs, never less than a thread each."
+    runs = [plan_run("laptop", "synthetic", seed=seed) for seed in range(n_runs)]
+    assert _divide_cores(runs, is_one_by_one, 16, asked) == wanted
