@@ -20,7 +20,7 @@ from agrivision_repro.cli.options import DataRoot, Device, Out, Precision, RunDa
 _FOLDERS = ("out", "data_root", "report")  # parameters of notebooks that do not change what they show
 
 
-def _need_notebooks() -> None:
+def need_notebooks() -> None:
     "Raise ValueError if a package needed to run notebooks is not installed."
     from agrivision_repro.core import how_to_install
 
@@ -86,16 +86,16 @@ def _run_notebook(
     parameters: dict,
     origin: str,  # of `_inputs_hash`
     report: Path,
+    without: str,  # tag of cells to leave out; "": none
 ) -> str:  # error message; "": none
     "Execute a table notebook into the report; a failed one is saved up to its error."
     from papermill import PapermillExecutionError, execute_notebook
 
-    from agrivision_repro.study.tables import table_notebook
-
     folder = report / "notebooks"
     fresh, error = folder / f"{name}.new.ipynb", ""
+    _copy_notebook(name, fresh, without)
     try:
-        done = execute_notebook(str(table_notebook(name)), str(fresh), parameters, kernel_name="python3", progress_bar=False, cwd=str(folder))
+        done = execute_notebook(str(fresh), str(fresh), parameters, kernel_name="python3", progress_bar=False, cwd=str(folder))
         files = [p for kind in ("tables", "figures") for end in (".", "-", "_") for p in (report / kind).glob(f"{name}{end}*")]
         done.metadata["agrivision_repro"] = {"made_of": origin, "files": sorted(str(p.relative_to(report)) for p in files)}
         fresh.write_text(json.dumps(done, indent=1) + "\n")
@@ -105,17 +105,27 @@ def _run_notebook(
     return error
 
 
-def _run_quietly(name: str, parameters: dict, origin: str, report: Path) -> str:
+def _copy_notebook(name: str, target: Path, without: str) -> None:
+    "Copy a table notebook without the cells that have a tag."
+    from agrivision_repro.study.tables import table_notebook
+
+    notebook = json.loads(table_notebook(name).read_text())
+    notebook["cells"] = [c for c in notebook["cells"] if without not in c["metadata"].get("tags", ())]
+    target.write_text(json.dumps(notebook))
+
+
+def _run_quietly(name: str, parameters: dict, origin: str, report: Path, without: str) -> str:
     "Execute a notebook in a worker process with stderr discarded: it holds only the kernel's warnings."
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
-    return _run_notebook(name, parameters, origin, report)
+    return _run_notebook(name, parameters, origin, report, without)
 
 
-def _run_notebooks(
+def run_notebooks(
     parameters: dict[str, dict],  # of each notebook
     results: dict[str, list],  # that each uses
     report: Path,
+    without: str = "",  # tag of cells to leave out
 ) -> dict[str, str]:  # failed notebook → error message
     "Execute table notebooks whose inputs changed, two at a time; the claims, which use the others' measurements, come last."
     from tqdm import tqdm
@@ -129,7 +139,7 @@ def _run_notebooks(
     with tqdm(total=len(todo), desc="notebooks", leave=False) as bar:
         for names in ([n for n in todo if n != "claims"], [n for n in todo if n == "claims"]):
             with worker_pool(2) as pool:
-                jobs = [(name, parameters[name], origins[name], report) for name in names]
+                jobs = [(name, parameters[name], origins[name], report, without) for name in names]
                 for name, error in zip(names, pool.map(_run_quietly, *zip(*jobs, strict=True)) if jobs else (), strict=True):
                     errors[name] = error
                     bar.update()
@@ -160,27 +170,27 @@ def reproduce(
     at_once: Annotated[int, typer.Option(min=0, help="Runs trained at the same time. Default: 1 on a GPU, as many as suit the cores on a CPU.")] = 0,
 ):
     "Train what the tables need, run their notebooks and write the report."
-    _need_notebooks()
+    need_notebooks()
     from agrivision_repro.report.pages import write_report
     from agrivision_repro.runs.workspace import Workspace
 
     names = _choose_tables(tables or [])
     workspace = Workspace(out, data_root, device, precision)
     common = {"scale": scale, "data": data, "seeds": seeds, **workspace.as_kwargs()}
-    runs, parameters = _plan_tables(names, common, parameter or [])
+    runs, parameters = plan_tables(names, common, parameter or [])
     if scale == "paper" and not ray:
         _check_can_run(runs, workspace)
     _warn_of_replacing(parameters, workspace.report)
     failures = _train_all(runs, workspace, ray, at_once)
     results = {name: [] if name in failures else workspace.results(runs[name]) for name in names}
-    failures |= _run_notebooks({name: own for name, own in parameters.items() if name not in failures}, results, workspace.report)
+    failures |= run_notebooks({name: own for name, own in parameters.items() if name not in failures}, results, workspace.report)
     print(f"report: {write_report(results, workspace, failures)}")
     for name, error in failures.items():
         print(f"agrivision: {name} failed: {error}", file=sys.stderr)
     raise typer.Exit(1 if failures else 0)
 
 
-def _plan_tables(
+def plan_tables(
     names: list[str],
     common: dict,  # scale, data, seeds
     pairs: list[str],  # more parameters, `NAME=VALUE`
@@ -243,5 +253,5 @@ def plan(
     from agrivision_repro.runs.plan import estimate
     from agrivision_repro.runs.workspace import Workspace
 
-    runs, _ = _plan_tables(_choose_tables(tables or []), {"scale": scale, "data": data, "seeds": seeds}, parameter or [])
+    runs, _ = plan_tables(_choose_tables(tables or []), {"scale": scale, "data": data, "seeds": seeds}, parameter or [])
     print(estimate(runs, Workspace(out, data_root, device, precision)).as_text(devices))

@@ -113,7 +113,7 @@ class Run:
     output_stride: int = 16
     multigrid: bool = True  # dilate layer 4's blocks by 1, 2 and 4 times the rest
     sync_switch: bool = False  # with several processes, compute SwitchNorm's batch moments over all of them
-    shared_places: str = "val"  # the split without the tiles of places in both, `val` or `train`; "keep": neither
+    shared_places: str = "train"  # the split without the tiles of places in both, `val` or `train`; "keep": neither
     seed: int = 0
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -31,6 +32,7 @@ from agrivision_repro.training.engine import Engine, check_device, make_engine
 from agrivision_repro.training.evaluate import TTA, score_tiles
 from agrivision_repro.training.loop import SAVE_EVERY, Trainer, fit, history_table, load_state, save_state
 
+KNOWN = "known.json"  # in a folder of results that was made from logs: fingerprints of the data and places of the tiles
 _PACK_UP_TO = 2e9  # bytes of images; a larger split is packed only by `agrivision data pack`
 
 
@@ -49,6 +51,11 @@ def _remove_empty(folder: Path) -> None:
     while not any(folder.parent.iterdir()):
         folder = folder.parent
         folder.rmdir()
+
+
+def describe_source(source: Source) -> str:
+    "Describe a source in one line of JSON."
+    return json.dumps(asdict(source), sort_keys=True)
 
 
 class Workspace:
@@ -70,7 +77,7 @@ class Workspace:
         check_device(device, precision)
         self.device, self.precision, self.save_every, self.trackers = device, precision, save_every, trackers
         self.report = self.out / re.sub(r"[^\w.-]+", "-", report)  # `classes:road,roof` names a folder, too
-        for name in ("open", "counts", "identify"):
+        for name in ("open", "counts", "identify", "known"):
             setattr(self, name, lru_cache(getattr(self, name)))  # once per workspace
 
     def as_kwargs(self) -> dict:
@@ -93,8 +100,14 @@ class Workspace:
         return source.root(self.out, self.data_root)
 
     def identify(self, source: Source) -> str:
-        "Compute the fingerprint of the splits used for training and scoring."
+        "Compute the fingerprint of the splits used for training and scoring; in a folder made from logs, return the one that they name."
+        if describe_source(source) in self.known()["fingerprints"]:
+            return self.known()["fingerprints"][describe_source(source)]
         return fingerprint([open_split(source.name, self.root(source), split) for split in ("train", "val")])
+
+    def known(self) -> dict:
+        "Return what logs tell of the data: fingerprints by source, and places of the scored tiles by run id."
+        return read_json(self.out / KNOWN) if (self.out / KNOWN).is_file() else {"fingerprints": {}, "places": {}}
 
     def open(self, source: Source, split: str) -> Tiles | PackedTiles:
         "Open a split from its pack; a small split without a pack is packed into the results folder."
@@ -132,6 +145,8 @@ class Workspace:
 
     def fields(self, run: Run) -> list[str]:
         "List the place of each tile that a Run is scored on; the tile itself if its name does not identify a place."
+        if (name := self.folder(run).name) in self.known()["places"]:
+            return self.known()["places"][name]
         fields = self.open(run.source, "val").fields
         return [fields[k] for k in thin_out(self.kept(run, "val"), run.recipe.max_val_tiles)]
 

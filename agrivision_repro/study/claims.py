@@ -35,7 +35,7 @@ from ..report.render import LEARNS_FROM
 from ..runs.store import Result
 from ..runs.workspace import Workspace
 from .compare import score_gain
-from .figures import divergence_and_score, figure2_scores, switch_weights
+from .figures import divergence_and_score, figure2_scores, run_switch_weights
 from .modality import MODALITIES, OTHER
 from .paper import CLAIMS, TABLE2, UNSUPPORTED
 from ..training.schedule import Recipe
@@ -235,7 +235,7 @@ def judge_slope(evidence: Evidence, tested: str) -> Finding:
 # %% ../../nbs/74_claims.ipynb #shares-code
 def share_curves(evidence: Evidence, trained: str, part: str) -> list[np.ndarray]:  # one per seed, points, ordered from the input
     "Return the share of IN or BN in every SwitchNorm of IBN-s."
-    tables = [switch_weights(r.model()) for r in evidence.one(trained, "ibn_s")]
+    tables = [run_switch_weights(r) for r in evidence.one(trained, "ibn_s")]
     return [100 * table.groupby("depth")[part].mean().to_numpy() for table in tables]
 
 
@@ -359,13 +359,13 @@ def claims_table(
     same = [f" (one comparison with {key})" if key else "" for key in judged.same_as]
     return pd.DataFrame({
         "claim": [f"“{sentence}”" for sentence in judged.sentence],
+        "verdict" if is_papers else f"direction, on {run.edition.title}": verdicts,
+        "after Holm": judged.holm.tolist(),
         "printed": [f"{p:g}" if p == p and p is not None else "–" for p in judged.printed],
         "measured here": (judged.measured + same).tolist(),
         "95 % interval": judged.interval.tolist(),
         "agrees if": judged.rule.tolist(),
         "seeds": [str(n) if n else "–" for n in judged.n],
         "detectable": judged.detectable.tolist(),
-        "verdict" if is_papers else f"direction, on {run.edition.title}": verdicts,
-        "after Holm": judged.holm.tolist(),
         "seen in": [f"[{TITLES[t]}](../index.html#{t})" if t else "–" for t in judged.table],
     }, index=pd.Index(judged["where"], name=""))  # fmt: skip

@@ -30,7 +30,7 @@ from .modality import MODALITIES, OTHER
 # %% auto #0
 __all__ = ['ESTIMATORS', 'THIRDS', 'inputs_of', 'read_divergence', 'run_divergence', 'figure2_scores', 'average_seeds',
            'draw_figure2', 'reduce_curve', 'figure2_medians', 'figure2_table', 'class_divergence', 'switch_weights',
-           'draw_switch_weights', 'divergence_and_score', 'rank_correlation', 'draw_relation']
+           'run_switch_weights', 'draw_switch_weights', 'divergence_and_score', 'rank_correlation', 'draw_relation']
 
 # %% ../../nbs/68_figures.ipynb #cell-05
 ESTIMATORS = ("sample", "pixel", batch_mean(2))
@@ -169,13 +169,22 @@ def switch_weights(
     return pd.DataFrame(rows, columns=["depth", "layer", "of", "IN", "LN", "BN"])
 
 # %% ../../nbs/68_figures.ipynb #31d05551
+def run_switch_weights(result: Result) -> pd.DataFrame:  # of `switch_weights`
+    "Return the shares in a trained model, or load them if already read."
+    path = result.folder / "switches.csv"
+    if not path.is_file():
+        table = switch_weights(result.model())
+        replace_file(path, lambda fresh: table.to_csv(fresh, index=False))
+    return pd.read_csv(path)
+
+
 def draw_switch_weights(
     results: Sequence[Result],  # those with IBN-s are drawn, seeds averaged
 ) -> Figure:
     "Draw the shares of IN, LN and BN against depth."
     fig, axes = plt.subplots(2, 2, figsize=(9, 4.6), dpi=72, sharex=True, sharey=True, layout="constrained")
     for column, trained in enumerate(MODALITIES):
-        tables = [switch_weights(r.model()) for r in results if (r.run.norm, r.run.channels) == ("ibn_s", trained)]
+        tables = [run_switch_weights(r) for r in results if (r.run.norm, r.run.channels) == ("ibn_s", trained)]
         shares = pd.concat(tables).groupby(["of", "depth"])[["IN", "LN", "BN"]].mean()
         for row, moment in enumerate(("mean", "variance")):
             for part, color in zip(("IN", "LN", "BN"), CURVE_COLORS, strict=False):

@@ -22,9 +22,9 @@ def mixed(tmp_path):
     return tmp_path, moved
 
 
-def test_places_of_training_tiles_are_not_scored(mixed, tmp_path):
+def test_validation_tiles_left_out(mixed, tmp_path):
     folder, moved = mixed
-    workspace, run = Workspace(tmp_path / "out", folder, "cpu"), plan_run("laptop", "agrivision-2020")
+    workspace, run = Workspace(tmp_path / "out", folder, "cpu"), plan_run("laptop", "agrivision-2020", shared_places="val")
     tiles = workspace.open(run.source, "val")
     assert workspace.left_out(run) == [moved]
     assert [tile.name for tile in workspace.tiles(run, "val")] == [name for name in tiles.names if name != moved]
@@ -35,9 +35,9 @@ def test_places_of_training_tiles_are_not_scored(mixed, tmp_path):
     assert len(workspace.tiles(every, "val")) == len(tiles) == len(workspace.tiles(run, "val")) + 1
 
 
-def test_training_tiles_left_out_instead(mixed, tmp_path):
+def test_training_tiles_left_out_by_default(mixed, tmp_path):
     folder, moved = mixed
-    workspace, run = Workspace(tmp_path / "out", folder, "cpu"), plan_run("laptop", "agrivision-2020", shared_places="train")
+    workspace, run = Workspace(tmp_path / "out", folder, "cpu"), plan_run("laptop", "agrivision-2020")
     trained = [tile.name for tile in workspace.tiles(run, "train")]
     assert moved in [tile.name for tile in workspace.tiles(run, "val")]
     assert field_of(moved) not in map(field_of, trained)
@@ -52,11 +52,12 @@ def test_nothing_left_to_score(mixed, tmp_path):
         if path.stem != moved:
             path.unlink()
     with pytest.raises(ValueError, match="all 1 tiles of val show places of train: set shared_places='train', or split by place"):
-        Workspace(tmp_path / "out", folder, "cpu").tiles(plan_run("laptop", "agrivision-2020"), "val")
+        Workspace(tmp_path / "out", folder, "cpu").tiles(plan_run("laptop", "agrivision-2020", shared_places="val"), "val")
 
 
 def test_record_names_what_is_left_out(mixed, tmp_path, capsys):
     folder, moved = mixed
     result = Workspace(tmp_path / "out", folder, "cpu").result(plan_run("smoke", "agrivision-2020"))
-    assert result.record["left_out"] == [moved]
-    assert f"1 tiles of val are left out because both splits show their places: {moved}" in capsys.readouterr().err
+    left_out = result.record["left_out"]
+    assert left_out and set(map(field_of, left_out)) == {field_of(moved)}
+    assert f"{len(left_out)} tiles of train are left out because both splits show their places: {left_out[0]}" in capsys.readouterr().err

@@ -273,7 +273,14 @@ def test_the_command_names_what_failed(trained, command):
 
 @pytest.mark.parametrize(
     ("n_runs", "is_one_by_one", "asked", "wanted"),
-    [(24, True, 0, (1, 16)), (24, True, 14, (14, 1)), (3, True, 14, (3, 5)), (24, False, 0, (8, 2)), (24, False, 2, (2, 8)), (1, False, 40, (1, 16))],
+    [
+        (24, True, 0, (1, 16)),
+        (24, True, 14, (14, 1)),
+        (3, True, 14, (3, 5)),
+        (24, False, 0, (8, 2)),
+        (24, False, 2, (2, 8)),
+        (1, False, 40, (1, 16)),
+    ],
 )
 def test_sixteen_cores_are_divided_among_the_runs(n_runs, is_one_by_one, asked, wanted):
     "On a GPU one run at a time unless more are asked for; never more than there are runs, never less than a thread each."

@@ -1,0 +1,85 @@
+"""Logs of finished runs: everything behind their numbers but data and weights, from which the tables are made again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from agrivision_repro.core import read_json, replace_file, write_array, write_json
+from agrivision_repro.runs.store import Result, RunFolder
+from agrivision_repro.runs.workspace import KNOWN, Workspace, describe_source
+
+HISTORY_EVERY = 10  # iterations averaged per row of a log's history
+_MEASURED = ("divergence.csv", "switches.csv", "section7.json")  # files of other rooms in a run folder, if there
+
+
+def write_log(
+    result: Result,
+    workspace: Workspace,
+    folder: Path,
+) -> None:
+    "Write the log of a Run, `ID.json`, and its history, `ID.csv`."
+    measured = {name: path.read_text() for name in _MEASURED if (path := result.folder / name).is_file()}
+    tiles = np.load(result.folder.tiles).tolist()
+    known = {"fingerprint": workspace.identify(result.run.source), "places": workspace.fields(result.run)}
+    content = {"id": result.folder.name, **known, "record": result.record, "checkpoints": result.checkpoints, "tiles": tiles, "measured": measured}
+    replace_file(folder / f"{result.folder.name}.json", lambda p: p.write_text(json.dumps(content, separators=(",", ":")) + "\n"))
+    history = pd.read_csv(result.folder.history)
+    means = history.groupby((history.iteration - 1) // HISTORY_EVERY).mean().assign(iteration=lambda t: t.iteration.round().astype(int))
+    replace_file(folder / f"{result.folder.name}.csv", lambda p: means.to_csv(p, index=False, float_format="%.5g"))
+
+
+def read_logs(folder: Path) -> list[dict]:
+    "Load the logs of a folder; raise ValueError if there are none."
+    logs = [read_json(path) for path in sorted(folder.glob("*.json"))]
+    if not logs:
+        raise ValueError(f"{folder} contains no log of a run (ID.json): name a folder that `tools/collect_results.py` wrote")
+    return logs
+
+
+def unpack_logs(
+    folder: Path,  # with logs
+    out: Path,  # folder of results: its tables can then be made without data and weights
+) -> list[RunFolder]:
+    "Make run folders from logs, and note what is known of the data."
+    known: dict = {"fingerprints": {}, "places": {}}
+    for log in read_logs(folder):
+        own = RunFolder(out / "runs" / log["id"])
+        own.write_record(log["record"])
+        write_array(own.tiles, np.array(log["tiles"], np.int64))
+        for name, text in log["measured"].items():
+            (own / name).write_text(text)
+        own.write_scores(log["checkpoints"])
+        known["fingerprints"][describe_source(own.run().source)] = log["fingerprint"]
+        known["places"][log["id"]] = log["places"]
+    write_json(out / KNOWN, known)
+    return [RunFolder(path) for path in sorted((out / "runs").iterdir())]
+
+
+_COLUMNS = ["data", "scale", "net", "norm", "depth", "channels", "dice", "lovasz", "intervention", "seed", "checkpoint"]
+
+
+def tidy_runs(
+    logs: dict[str, Sequence[dict]],  # name of the results, `DATA` or `DATA-SCALE` → logs
+    scales: dict[str, str],  # name of the results → scale
+    classes: dict[str, Sequence[str]],  # name of the results → names of the classes
+) -> pd.DataFrame:  # one row per run, checkpoint, test input, metric and class
+    "Return all scores of all runs as one tidy table."
+    rows = []
+    for name, own in logs.items():
+        for log in own:
+            record, run = log["record"], log["record"]["run"]
+            title = record["title"].rpartition(" on ")[0]
+            described = {**run, "data": run["source"]["name"], "scale": scales[name], "net": title, "id": log["id"]}
+            made = {k: record[k] for k in ("seconds", "device", "commit")} | {"iterations": log["checkpoints"]["last"]["iteration"]}
+            for checkpoint, found in log["checkpoints"].items():
+                for tested, metrics in found["scores"].items():
+                    for metric, score in metrics.items():
+                        values = {"mean": score["mean"], **dict(zip(classes[name], score["per_class"], strict=True))}
+                        key = {k: described.get(k, "") for k in ("id", *_COLUMNS)} | {"checkpoint": checkpoint, "test_input": tested, "metric": metric}
+                        rows += [key | {"class": c, "value": v, **made} for c, v in values.items()]
+    return pd.DataFrame(rows)
