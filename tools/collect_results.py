@@ -20,19 +20,17 @@ from agrivision_repro.runs.store import Result
 from agrivision_repro.runs.workspace import Workspace
 from agrivision_repro.study.tables import TABLES, check_seeds
 
-ROOT = Path(__file__).resolve().parent.parent / "results"
-
 
 def tell_about(results: list[Result], args: argparse.Namespace, tables: list[str]) -> dict:
     "Return what a reader must know about a folder of results."
     records = [r.record for r in results]
-    commits, devices, torches = (Counter(map(key, records)) for key in (lambda r: r["commit"], lambda r: r["device"], lambda r: r["versions"]["torch"]))
-    return {
-        "data": args.data, "scale": args.scale, "seeds": check_seeds(args.seeds), "tiles": args.of, "tables": tables, "runs": len(results),
-        "trained": [min(r["started"] for r in records)[:10], max(r["started"] for r in records)[:10]],
-        "hours": round(sum(r["seconds"] for r in records) / 3600, 2), "commits": dict(commits), "devices": dict(devices), "torch": dict(torches),
-        "n_train": records[0]["n_train"], "n_val": records[0]["n_val"],
-    }  # fmt: skip
+    days = sorted(r["started"][:10] for r in records)
+    asked = {"data": args.data, "scale": args.scale, "seeds": check_seeds(args.seeds), "tables": tables}
+    tiles = {"tiles": args.of, **{key: records[0][key] for key in ("n_train", "n_val")}}
+    made = {key: dict(Counter(r[key] for r in records)) for key in ("commit", "device", "precision")}
+    torches = dict(Counter(r["versions"]["torch"] for r in records))
+    hours = round(sum(r["seconds"] for r in records) / 3600, 2)
+    return asked | tiles | {"runs": len(results), "hours of the runs": hours, "trained": [days[0], days[-1]], **made, "torch": torches}
 
 
 def copy_products(out: Path, folder: Path, tables: list[str]) -> None:
@@ -51,8 +49,9 @@ def main() -> None:
     parser.add_argument("--data", required=True), parser.add_argument("--scale", default="laptop")
     parser.add_argument("--seeds", default="0,1,2"), parser.add_argument("--data-root", default="")
     parser.add_argument("--of", default="whole set", help="which part of the data set")
+    parser.add_argument("--results", type=Path, default=Path(__file__).resolve().parent.parent / "results")
     args = parser.parse_args()
-    workspace, folder, tables = Workspace(args.out, args.data_root, "cpu"), ROOT / args.name, args.tables or list(TABLES)
+    workspace, folder, tables = Workspace(args.out, args.data_root, "cpu"), args.results / args.name, args.tables or list(TABLES)
     runs = dict.fromkeys(run for table in tables for run in (TABLES[table](args.scale, args.data, args.seeds) if TABLES[table]() else []))
     results = [result for run in runs if (result := workspace.finished(run)) is not None]
     if len(results) < len(runs):
@@ -62,12 +61,18 @@ def main() -> None:
         write_log(result, workspace, folder / "logs")
     copy_products(Path(args.out), folder, tables)
     write_json(folder / "about.json", tell_about(results, args, tables))
-    names = sorted(path.parent.name for path in ROOT.glob("*/about.json"))
-    about = {name: read_json(ROOT / name / "about.json") for name in names}
-    classes = {name: find_edition(about[name]["data"]).classes for name in names}
-    table = tidy_runs({name: read_logs(ROOT / name / "logs") for name in names}, {name: about[name]["scale"] for name in names}, classes)
-    table.to_csv(ROOT / "runs.csv", index=False, float_format="%.6g")
-    print(f"{folder}: {len(results)} runs; {ROOT / 'runs.csv'}: {len(table)} rows")
+    print(f"{folder}: {len(results)} runs; {args.results / 'runs.csv'}: {write_runs(args.results)} rows")
+
+
+def write_runs(folder: Path) -> int:  # rows
+    "Write the scores of all runs of all results as one table."
+    about = {path.parent.name: read_json(path) for path in sorted(folder.glob("*/about.json"))}
+    classes = {name: find_edition(own["data"]).classes for name, own in about.items()}
+    logs = {name: read_logs(folder / name / "logs") for name in about}
+    table = tidy_runs(logs, {name: own["scale"] for name, own in about.items()}, classes)
+    table.to_csv(folder / "runs.csv", index=False, float_format="%.6g")
+    return len(table)
+
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from agrivision_repro.study.paper import CLAIMS
 from agrivision_repro.study.tables import TABLES, all_runs, table1, table_notebook
 from agrivision_repro.training.evaluate import METRICS
 
-BIN = Path(sys.executable).parent
+BIN, ROOT = Path(sys.executable).parent, Path(__file__).resolve().parents[2]
 SMOKE = ["reproduce", "--scale", "smoke", "--device", "cpu", "--out"]
 
 
@@ -143,6 +143,24 @@ def test_tile_counts_add_up_to_the_scores(out):
     means = pd.read_csv(out / "tables" / "table3_losses.csv").query("`class` == 'mean' and metric == 'multilabel'").set_index("row")["mean"]
     assert found.difference == pytest.approx(means[found["of"]] - means[found["against"]], abs=1e-9)
     assert found.verdict == NOT_JUDGED and np.isnan(found.low)  # one seed
+
+
+def test_tables_are_made_again_from_logs(out, tmp_path):
+    "Without data and weights, in another folder; a table that differs is named with the cell."
+    results, tables = tmp_path / "results", ["table1_modality", "fig2_divergence"]
+    words = [sys.executable, ROOT / "tools" / "collect_results.py", out, "farm", *tables, "--data", "synthetic", "--scale", "smoke", "--seeds", "0"]
+    subprocess.run([*words, "--results", results], check=True, capture_output=True)
+    runs = pd.read_csv(results / "runs.csv")
+    assert runs.id.nunique() == 8 and set(runs.metric) == set(METRICS)
+    kept = results / "farm" / "tables" / "table1_modality.csv"
+    table = pd.read_csv(kept)
+    table.loc[1, "mean"] += 1
+    table.to_csv(kept, index=False)
+    done = agrivision("report", "--from", results, "--out", tmp_path / "again")
+    made = {path.name for path in (tmp_path / "again" / "farm" / "tables").glob("*.csv")}
+    assert made == {path.name for path in (results / "farm" / "tables").iterdir()} >= {"fig2_divergence-layers.csv"}
+    assert done.returncode == 1 and done.stderr.count("agrivision: ") == 1 and "table1_modality.csv: row 1, mean: " in done.stderr, done.stderr
+    assert not list((tmp_path / "again").rglob("*.safetensors"))
 
 
 def test_every_claim_has_a_verdict(out):
