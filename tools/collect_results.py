@@ -9,6 +9,7 @@ the scores of all runs of all folders of results. `agrivision report --from resu
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -33,14 +34,28 @@ def tell_about(results: list[Result], args: argparse.Namespace, tables: list[str
     return asked | tiles | {"runs": len(results), "hours of the runs": hours, "trained": [days[0], days[-1]], **made, "torch": torches}
 
 
-def copy_products(out: Path, folder: Path, tables: list[str]) -> None:
-    "Copy the tables, figures and notebooks of the report."
+def copy_products(out: Path, folder: Path, tables: list[str], data_root: str) -> None:
+    "Copy the tables, figures and notebooks of the report; paths of this machine are replaced."
+    paths = {str(out.resolve()): f"out/{folder.name}", str(Path(data_root).resolve()) if data_root else "": folder.name}
     for kind, ending in (("tables", "csv"), ("figures", "png"), ("notebooks", "ipynb")):
         shutil.rmtree(folder / kind, ignore_errors=True)
         for path in sorted((out / kind).glob(f"*.{ending}")):
             if any(path.stem == name or path.stem.startswith((f"{name}-", f"{name}_")) for name in tables):
                 (folder / kind).mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, folder / kind / path.name)
+                copied = shutil.copyfile(path, folder / kind / path.name)
+                if ending == "ipynb":
+                    hide_paths(copied, paths)
+
+
+def hide_paths(notebook: Path, paths: dict[str, str]) -> None:
+    "Replace paths in an executed notebook, and remove those that papermill noted."
+    text = notebook.read_text()
+    for path, name in paths.items():
+        text = text.replace(path, name) if path else text
+    content = json.loads(text)
+    for key in ("input_path", "output_path"):
+        content["metadata"].get("papermill", {}).pop(key, None)
+    notebook.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def main() -> None:
@@ -49,6 +64,7 @@ def main() -> None:
     parser.add_argument("--data", required=True), parser.add_argument("--scale", default="laptop")
     parser.add_argument("--seeds", default="0,1,2"), parser.add_argument("--data-root", default="")
     parser.add_argument("--of", default="whole set", help="which part of the data set")
+    parser.add_argument("--report", default="", help="folder of tables, figures and notebooks, if not OUT")
     parser.add_argument("--results", type=Path, default=Path(__file__).resolve().parent.parent / "results")
     args = parser.parse_args()
     workspace, folder, tables = Workspace(args.out, args.data_root, "cpu"), args.results / args.name, args.tables or list(TABLES)
@@ -59,7 +75,7 @@ def main() -> None:
     shutil.rmtree(folder / "logs", ignore_errors=True)
     for result in results:
         write_log(result, workspace, folder / "logs")
-    copy_products(Path(args.out), folder, tables)
+    copy_products(Path(args.report or args.out), folder, tables, args.data_root)
     write_json(folder / "about.json", tell_about(results, args, tables))
     print(f"{folder}: {len(results)} runs; {args.results / 'runs.csv'}: {write_runs(args.results)} rows")
 

@@ -261,8 +261,8 @@ def format_points(effect: Effect) -> str:
 
 def format_factor(effect: Effect) -> str:
     "Format an effect on a logarithm as a factor with its interval."
-    low, high = np.exp(effect.interval())
-    return f"×{np.exp(effect.estimate):.2f}" + (f" ({low:.2f} to {high:.2f})" if effect.n_seeds > 1 else "")
+    factor, low, high = (f"{x:,.0f}" if x >= 100 else f"{x:#.2g}".rstrip(".") for x in np.exp([effect.estimate, *effect.interval()]))
+    return f"×{factor}" + (f" ({low} to {high})" if effect.n_seeds > 1 else "")
 
 # %% ../../nbs/34_significance.ipynb #290cdb37
 RATIO_MARGIN = float(np.log(1.25))
