@@ -181,6 +181,7 @@ def reproduce(
     if scale == "paper" and not ray:
         _check_can_run(runs, workspace)
     _warn_of_replacing(parameters, workspace.report)
+    _announce(runs, workspace)
     failures = _train_all(runs, workspace, ray, at_once)
     results = {name: [] if name in failures else workspace.results(runs[name]) for name in names}
     failures |= run_notebooks({name: own for name, own in parameters.items() if name not in failures}, results, workspace.report)
@@ -204,6 +205,19 @@ def plan_tables(
     parameters = {name: {k: v for k, v in given.items() if k in own} for name, own in known.items()}
     takes = {name: inspect.signature(TABLES[name]).parameters for name in names}
     return {n: TABLES[n](**{k: v for k, v in own.items() if k in takes[n]}) for n, own in parameters.items()}, parameters
+
+
+_LONG = 1_000  # iterations
+
+
+def _announce(runs: dict[str, list], workspace) -> None:
+    "Before a long training, print how long it takes; finished runs are not repeated, so it may be interrupted."
+    from agrivision_repro.runs.plan import estimate
+
+    todo = [run for run in dict.fromkeys(run for own in runs.values() for run in own) if workspace.finished(run) is None]
+    if sum(run.recipe.iterations for run in todo) >= _LONG:
+        line = estimate(runs, workspace, seconds=5.0).in_one_line()
+        print(f"{line}; interrupt it whenever you like: the same command goes on from there", file=sys.stderr)
 
 
 def _train_all(

@@ -240,6 +240,11 @@ class Plan:
         "Compute the time for all Runs on `n_devices` devices like this one."
         return makespan(self.table.hours.tolist(), n_devices)
 
+    def in_one_line(self) -> str:
+        "Say how many Runs are left and how long they take on this device."
+        n_open = int((self.table.state != "finished").sum())
+        return f"{len(self.table)} runs, {len(self.table) - n_open} finished; the others take about {_format_hours(self.hours())} on this machine"
+
     def as_text(self, n_devices: int = 8, n_rows: int = 10) -> str:
         "Format the plan for a terminal of 80 columns, with times for 1, 2, 4, … up to `n_devices` devices."
         more = [f"… and {len(self.table) - n_rows} more"] if len(self.table) > n_rows else []

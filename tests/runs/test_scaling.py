@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from agrivision_repro.cli.app import main
+from agrivision_repro.cli.reproduce import _announce
 from agrivision_repro.runs import plan
 from agrivision_repro.runs.jobs import Interrupted, train_one
 from agrivision_repro.runs.launch import launch
@@ -269,6 +270,16 @@ def test_the_command_names_what_failed(trained, command):
     assert complaints[1].startswith("agrivision: table1_modality failed: its run ResNet101 on RGB, seed 1 failed: ")
     assert "is not a complete safetensors file" in complaints[0]
     assert trained.workspace.finished(whole) and not trained.workspace.finished(broken)
+
+
+def test_a_long_training_is_announced(tmp_path, paces, capsys):
+    "Three seeds at laptop scale: how many runs are left, and for how long; short ones are not announced."
+    workspace = Workspace(tmp_path, device="cpu")
+    _announce({"table1_modality": table1("smoke", seeds=[0, 1])}, workspace)
+    assert capsys.readouterr().err == "" and not paces
+    _announce({"table1_modality": table1("laptop", seeds=[0, 1, 2])}, workspace)
+    line = capsys.readouterr().err
+    assert re.fullmatch(r"6 runs, 0 finished; the others take about [\d.]+ (h|days) on this machine; interrupt it .*\n", line), line
 
 
 @pytest.mark.parametrize(
