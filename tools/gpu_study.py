@@ -22,7 +22,7 @@ import torch
 from agrivision_repro.runs.run import Run
 from agrivision_repro.runs.store import Result
 from agrivision_repro.runs.workspace import Workspace
-from agrivision_repro.study.figures import draw_figure2, figure2_medians, figure2_scores, run_divergence, switch_weights
+from agrivision_repro.study.figures import draw_figure2, figure2_medians, figure2_scores, run_divergence, run_switch_weights
 from agrivision_repro.study.modality import modality_scores
 from agrivision_repro.study.tables import fig2
 
@@ -35,7 +35,7 @@ def train_and_measure(run: Run, kwargs: dict, n_threads: int) -> str:
         result = workspace.result(run)
         run_divergence(result, workspace)
         if run.norm == "ibn_s":
-            switch_weights(result.model()).to_csv(result.folder / "switch.csv", index=False)
+            run_switch_weights(result)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""

@@ -164,6 +164,19 @@ def test_tables_are_made_again_from_logs(out, tmp_path):
     assert not list((tmp_path / "again").rglob("*.safetensors"))
 
 
+def test_a_study_on_a_bare_machine_leaves_a_record(out, tmp_path):
+    "The tool for a GPU machine without notebooks, on finished runs: nothing is trained, and everything but weights is recorded."
+    shutil.copytree(out, tmp_path / "out" / "synthetic")
+    words = [sys.executable, ROOT / "tools" / "gpu_study.py", tmp_path / "record", "synthetic=", "--scale", "smoke", "--device", "cpu"]
+    done = subprocess.run([*words, "--at-once", "2", "--out", tmp_path / "out"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count(": done") == 8, done.stderr
+    record = tmp_path / "record" / "synthetic"
+    runs = json.loads((record / "runs.json").read_text())["runs"]
+    assert {run["id"] for run in runs} == {path.name for path in (record / "runs").iterdir()} and len(runs) == 8
+    assert len(pd.read_csv(record / "fig2_layers.csv")) == 8 * 3 * 34 and (record / "fig2.png").is_file()
+    assert not list(record.rglob("*.safetensors"))
+
+
 def test_every_claim_has_a_verdict(out):
     judged = pd.read_csv(out / "tables" / "claims.csv")
     assert judged.key.tolist() == [claim.key for claim in CLAIMS]
