@@ -90,7 +90,8 @@ class Source:
             name = hashlib.sha256(repr(self.synthetic).encode()).hexdigest()[:8]
             return write_synthetic(out / "data" / f"farmland-{name}", self.synthetic)
         if data_root is None:
-            raise ValueError(f"data is {self.name!r}, which is not shipped: name its folder with --data-root (data_root)")
+            how = f" (to get it: {self.edition.obtain})" if self.edition.obtain else ""
+            raise ValueError(f"data is {self.name!r}, which is not shipped: name its folder with --data-root (data_root){how}")
         return data_root
 
 # %% ../../nbs/60_runs.ipynb #cell-10

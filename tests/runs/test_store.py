@@ -91,3 +91,16 @@ def test_scores_have_one_unit_and_the_names_of_the_tables(tmp_path):
 def test_a_result_compares_by_its_run(tmp_path):
     folder = write_run(tmp_path, "a" * 12)
     assert folder.result() == Result(folder.run(), folder, {}, {}) and folder.progress() == "finished"
+
+
+@pytest.mark.parametrize(
+    ("data", "how"),
+    [("ag-net", "agrivision data fetch ag-net"), ("agrivision-2021", "aws s3 cp --no-sign-request"), ("agrivision-2020", "ask its makers")],
+)
+def test_missing_data_comes_with_the_way_to_get_it(data, how, tmp_path, capsys):
+    "One line: what is missing, and the command or the address."
+    with pytest.raises(SystemExit, match="2"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["agrivision", "train", "--data", data, "--scale", "smoke", "--out", str(tmp_path)])
+        main()
+    error = capsys.readouterr().err
+    assert how in error and "--data-root" in error and error.count("\n") == 1
