@@ -56,6 +56,8 @@ def predict(
     work = _plan_maps(result, options, bands, scale, out=out, window=window, overlap=overlap, has_picture=pictures)
     sizes = _predict_all(scenes, work, result.run.edition.classes)
     if len(sizes) < len(scenes):
+        if submission:
+            print(f"agrivision: {submission} was not written", file=sys.stderr)
         raise typer.Exit(1)
     if submission:
         _write_zip(out / "labels", submission, wanted or sizes)
@@ -106,7 +108,7 @@ def _predict_all(
             bar.update(n_done - bar.n)
     if len(sizes) < len(scenes) > 1:
         remedy = "named above; the same command keeps the finished maps and predicts the others"
-        print(f"agrivision: {len(scenes) - len(sizes)} of {len(scenes)} images were not predicted, {remedy}", file=sys.stderr)
+        print(f"agrivision: {len(scenes) - len(sizes)} of {len(scenes)} images not predicted, {remedy}", file=sys.stderr)
     return sizes
 
 

@@ -220,11 +220,11 @@ def test_one_bad_file(reader, predict, tmp_path, monkeypatch):
     for name in "abc":
         write_tiff(folder / f"{name}.tif", noise(4, 40, 40, seed=ord(name)), compression="zlib")
     cut(folder / "b.tif")
-    code, maps, printed = predict(folder)
-    assert code == 1 and set(maps) == {"a", "c"}
-    first, last = printed.err.splitlines()
+    code, maps, printed = predict(folder, "--submission", tmp_path / "upload.zip")
+    assert code == 1 and set(maps) == {"a", "c"} and not (tmp_path / "upload.zip").exists()
+    first, last, zipped = printed.err.splitlines()
     assert first.startswith("agrivision: ") and "b.tif cannot be read (" in first and "previous exception" not in first
-    assert last.startswith("agrivision: 1 of 3 images were not predicted, named above")
+    assert last.startswith("agrivision: 1 of 3 images not predicted, named above") and "upload.zip was not written" in zipped
     write_tiff(folder / "b.tif", noise(4, 40, 40), compression="zlib")
     opened = []
     monkeypatch.setattr(images, "predict_strips", lambda *given: opened.append(1) or predict_strips(*given))
