@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from agrivision_repro.cli.data import DataName
 from agrivision_repro.cli.options import Device, Precision
+
+if TYPE_CHECKING:
+    from agrivision_repro.predict.scenes import Scene
+    from agrivision_repro.runs.store import Result
 
 _ResultsFolder = Annotated[Path, typer.Option("--results", help="Folder of all results, which contains the run.")]
 
@@ -21,11 +28,15 @@ _Submission = Annotated[Path | None, typer.Option("--submission", help="Write th
 
 def predict(
     run: Annotated[str, typer.Argument(help="A finished run: the first digits of its id.")],
-    images: Annotated[list[Path], typer.Argument(metavar="INPUT", help="Four-band TIFFs, images/rgb/NAME.jpg, or a folder of pairs.")],
+    images: Annotated[
+        list[Path], typer.Argument(metavar="INPUT", help="TIFF, JPEG or PNG files, images/rgb/NAME.jpg, or folders of these.")
+    ],
     out: _MapsFolder,
     tta: Annotated[str, typer.Option(help="none, or d4: average over the eight flips and rotations of each window.")] = "none",
     checkpoint: Annotated[str, typer.Option(help="last, or best on the validation tiles.")] = "last",
     channels: Annotated[str, typer.Option(help="rgb or nir3, for a run on three channels. Default: its own.")] = "",
+    bands: Annotated[str, typer.Option(help="Bands of red, green, blue, NIR, such as 3,2,1,4. Default: as the file declares.")] = "",
+    scale: Annotated[float, typer.Option(help="Stored value that becomes 255, such as 10000 or 1. Default: files have bytes.")] = 0,
     window: Annotated[int, typer.Option(min=0, help="Side of the sliding window, pixels; 0: the run's crop, or 512.")] = 0,
     overlap: Annotated[float, typer.Option(help="Share of a window that the next one also covers.")] = 0.5,
     pictures: Annotated[bool, typer.Option(help="Draw RGB, NIR and the prediction for each image.")] = True,
@@ -35,25 +46,78 @@ def predict(
     device: Device = "auto",
     precision: Precision = "auto",
 ):
-    "Predict images of any size: a class map, all classes as bits, a picture, and a GeoTIFF if the input is georeferenced."
-    from agrivision_repro.predict.images import predict_scene  # fmt: skip
-    from agrivision_repro.predict.scenes import find_scenes  # fmt: skip
-    from agrivision_repro.predict.submission import write_submission  # fmt: skip
-    from agrivision_repro.predict.windows import describe_model, load_predictor, own_window, window_starts  # fmt: skip
+    "Predict images of any size: a class map, all classes as bits, a picture, and a cloud-optimized GeoTIFF if the input is georeferenced."
+    from agrivision_repro.predict.scenes import find_scenes
     from agrivision_repro.runs.store import find_run
 
     result, scenes = find_run(results, run).result(), find_scenes(images)
     wanted = plan_submission(result.run, data_root, {scene.name for scene in scenes}) if submission else None
-    window_starts(1, window or own_window(result), overlap)  # fail on a bad value before computing anything
-    predictor, classes, sizes = load_predictor(result, checkpoint, tta, channels, device, precision), result.run.edition.classes, {}
-    print(f"{describe_model(result)}; maps go to {out}")
-    for scene in scenes:
-        found = predict_scene(scene, predictor, out, classes, window or own_window(result), overlap, pictures, describe_model(result))
-        sizes[found.name] = found.size
-        print(found.as_text(classes))
+    options = {"tta": tta, "checkpoint": checkpoint, "channels": channels, "device": device, "precision": precision}
+    work = _plan_maps(result, options, bands, scale, out=out, window=window, overlap=overlap, has_picture=pictures)
+    sizes = _predict_all(scenes, work, result.run.edition.classes)
+    if len(sizes) < len(scenes):
+        if submission:
+            print(f"agrivision: {submission} was not written", file=sys.stderr)
+        raise typer.Exit(1)
     if submission:
-        write_submission(out / "labels", submission, wanted or sizes)
-        print(f"{submission}: {len(wanted or sizes)} maps, all rules of the challenge met")
+        _write_zip(out / "labels", submission, wanted or sizes)
+
+
+def _plan_maps(
+    result: Result,
+    options: dict,  # of `windows.load_predictor`
+    bands: str,
+    scale: float,
+    **maps: object,  # of `images.predict_scene`
+) -> Callable:  # predicts a scene
+    "Load the model, check all options before anything is computed, and say where maps go."
+    from agrivision_repro.predict.bands import plan_reading
+    from agrivision_repro.predict.images import predict_scene
+    from agrivision_repro.predict.windows import describe_model, load_predictor, own_window, window_starts
+
+    maps["window"] = maps["window"] or own_window(result)
+    window_starts(1, maps["window"], maps["overlap"])
+    predictor, origin = load_predictor(result, **options), describe_model(result)
+    reading = plan_reading(predictor.channels, bands, scale)
+    weights = result.folder.weights(options["checkpoint"]).stat()
+    settings = f"{result.folder.name} {weights.st_size} {weights.st_mtime_ns} {options | {'device': ''}}"
+    print(f"{origin}; maps go to {maps['out']}")
+    classes = result.run.edition.classes
+    return partial(predict_scene, predictor=predictor, classes=classes, reading=reading, origin=origin, settings=settings, **maps)
+
+
+def _predict_all(
+    scenes: Sequence[Scene],
+    work: Callable,  # from `_plan_maps`
+    classes: Sequence[str],
+) -> dict[str, tuple[int, int]]:  # name of each predicted image → height, width, pixels
+    "Predict images one after the other, with the time left in a terminal; name each that cannot be read."
+    from tqdm import tqdm
+
+    from agrivision_repro.data.tiles import BadFile
+
+    sizes, form = {}, "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}]"
+    with tqdm(total=len(scenes), desc="predicting", bar_format=form, leave=False, disable=None) as bar:
+        for n_done, scene in enumerate(scenes, 1):
+            try:
+                found = work(scene, advance=bar.update)
+                sizes[found.name] = found.size
+                bar.write(found.as_text(classes))
+            except (BadFile, FileNotFoundError) as error:
+                bar.write(f"agrivision: {error}", file=sys.stderr)
+            bar.update(n_done - bar.n)
+    if len(sizes) < len(scenes) > 1:
+        remedy = "named above; the same command keeps the finished maps and predicts the others"
+        print(f"agrivision: {len(scenes) - len(sizes)} of {len(scenes)} images not predicted, {remedy}", file=sys.stderr)
+    return sizes
+
+
+def _write_zip(labels: Path, path: Path, sizes: dict[str, tuple[int, int]]) -> None:
+    "Write the challenge's zip and say what it contains."
+    from agrivision_repro.predict.submission import write_submission
+
+    write_submission(labels, path, sizes)
+    print(f"{path}: {len(sizes)} maps, all rules of the challenge met")
 
 
 def plan_submission(

@@ -248,8 +248,8 @@ def detect_edition(
     for name, edition in EDITIONS.items():
         if all(any(home_of(edition, Path(root)).glob(clue)) for clue in edition.clues):
             return name
-    remedy = split_hint(Path(root)) or "pass its name, or classes:NAME,NAME,…"
-    raise ValueError(f"{root} looks like none of {', '.join(EDITIONS)} ({describe_folder(Path(root))}): {remedy}")
+    remedy = split_hint(Path(root)) or f"pass with --data its name ({', '.join(EDITIONS)}) or classes:NAME,NAME,…"
+    raise ValueError(f"{root} has no known layout ({describe_folder(Path(root))}): {remedy}")
 
 # %% ../../nbs/11_editions.ipynb #cell-30
 def open_tiles(

@@ -16,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from rasters import PLACE, needs_rasterio, noise, run_command, write_geotiff, write_tiff
 from torch import nn
 
 from agrivision_repro.cli.app import main
@@ -23,40 +24,12 @@ from agrivision_repro.data.batches import select_channels
 from agrivision_repro.data.tiles import read_image, unpack_labels
 from agrivision_repro.plots import paint_classes
 from agrivision_repro.predict import images, scenes, submission
+from agrivision_repro.predict.bands import BYTES, Raster, as_raster
 from agrivision_repro.predict.images import predict_scene
-from agrivision_repro.predict.scenes import Raster, Scene, find_rasterio, find_scenes, open_scene
+from agrivision_repro.predict.scenes import Scene, find_rasterio, find_scenes, open_scene
 from agrivision_repro.predict.submission import CHALLENGE_CLASSES, check_submission, tile_sizes, write_submission
 from agrivision_repro.predict.windows import blend_weights, load_predictor, predict_image, predict_strips
-from agrivision_repro.runs.run import plan_run
-from agrivision_repro.runs.workspace import Workspace
 from agrivision_repro.training.evaluate import score_model
-
-needs_rasterio = pytest.mark.skipif(find_rasterio() is None, reason="rasterio, of the extra geo, is not installed")
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory):
-    return Workspace(tmp_path_factory.mktemp("out"), device="cpu", precision="float32")
-
-
-@pytest.fixture(scope="module")
-def result(workspace):
-    return workspace.result(plan_run("smoke", "synthetic"))
-
-
-@pytest.fixture(scope="module")
-def predictor(result):
-    return load_predictor(result, device="cpu", precision="float32")
-
-
-@pytest.fixture(scope="module")
-def test_set(workspace, result):
-    (found,) = workspace.root(result.run.source).glob("**/test")
-    return found
-
-
-def noise(*shape, seed=0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
 def mean_of_9(images):
@@ -161,8 +134,8 @@ def test_a_mapped_tiff_stays_on_the_disk(tmp_path):
     image = noise(3_000, 400, 4)
     tifffile.imwrite(tmp_path / "large.tif", image, photometric="rgb")
     tracemalloc.start()
-    with scenes.open_tiff(tmp_path / "large.tif") as raster:
-        rows = raster.rows(2_000, 2_010)
+    with scenes.open_tiff(tmp_path / "large.tif") as stored:
+        rows = as_raster(stored, BYTES).rows(2_000, 2_010)
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     np.testing.assert_array_equal(rows, image[2_000:2_010].transpose(2, 0, 1))
@@ -198,11 +171,6 @@ def test_predictions_score_what_scoring_scores(tta, result, workspace, predictor
 # -- maps
 
 
-def write_tiff(path: Path, image: np.ndarray, **options) -> Path:
-    tifffile.imwrite(path, image.transpose(1, 2, 0), photometric="rgb", **options)
-    return path
-
-
 @pytest.mark.parametrize("size", [(57, 61), (64, 64), (30, 90), (1, 1)])
 def test_maps(size, predictor, tmp_path):
     image = noise(4, *size)
@@ -234,19 +202,17 @@ def plain_figure():
 
 
 @pytest.mark.parametrize("options", [{"planarconfig": "contig"}, {"compression": "zlib"}, {"tile": (16, 16)}, {"rowsperstrip": 7}])
-def test_tiffs_of_every_make(options, tmp_path):
-    image = noise(4, 45, 37)
-    path = write_tiff(tmp_path / "a.tif", image, **options)
-    for opened in (scenes.open_tiff(path), open_scene(Scene("a", path))):
-        with opened as raster:
-            assert raster.size == (45, 37) and not raster.place
-            np.testing.assert_array_equal(raster.rows(11, 30), image[:, 11:30])
+def test_tiffs_of_every_make(options, reader, tmp_path):
+    path = write_tiff(tmp_path / "a.tif", image := noise(4, 45, 37), **options)
+    with open_scene(Scene("a", path)) as raster:
+        assert raster.size == (45, 37) and not raster.place and raster.valid(11, 30).all()
+        np.testing.assert_array_equal(raster.rows(11, 30), image[:, 11:30])
 
 
-def test_bands_one_after_the_other(tmp_path):
+def test_bands_one_after_the_other(reader, tmp_path):
     image = noise(4, 45, 37)
     tifffile.imwrite(tmp_path / "a.tif", image, photometric="rgb", planarconfig="separate")
-    with scenes.open_tiff(tmp_path / "a.tif") as raster:
+    with open_scene(Scene("a", tmp_path / "a.tif")) as raster:
         np.testing.assert_array_equal(raster.rows(3, 9), image[:, 3:9])
 
 
@@ -269,23 +235,13 @@ def test_pairs_and_folders(test_set, tmp_path):
     for given_path in (test_set, test_set.parent):
         assert [scene.name for scene in find_scenes([given_path])] == names
     rgb, nir = (test_set / "images" / c / f"{names[0]}.jpg" for c in ("rgb", "nir"))
-    assert find_scenes([rgb, nir]) == find_scenes([rgb]) == find_scenes([nir]) == [Scene(names[0], rgb)]
-    with open_scene(Scene(names[0], rgb)) as raster:
+    assert find_scenes([rgb, nir]) == find_scenes([rgb]) == find_scenes([nir]) == [Scene(names[0], rgb, nir)]
+    with open_scene(Scene(names[0], rgb, nir)) as raster:
         np.testing.assert_array_equal(raster.rows(0, 64)[3], read_image(nir, "L"))
         np.testing.assert_array_equal(raster.rows(5, 9)[:3], read_image(rgb, "RGB")[5:9].transpose(2, 0, 1))
 
 
 # -- georeferencing
-
-PLACE = (2.0, 0.0, 500_000.0, 0.0, -2.0, 4_600_000.0)  # pixels of 2 m, somewhere in UTM
-
-
-def write_geotiff(path: Path, image: np.ndarray, **options) -> Path:
-    rasterio = find_rasterio()
-    form = {"driver": "GTiff", "count": len(image), "height": image.shape[1], "width": image.shape[2], "dtype": image.dtype}
-    with rasterio.open(path, "w", **form, crs="EPSG:32633", transform=rasterio.Affine(*PLACE), **options) as file:
-        file.write(image)
-    return path
 
 
 @needs_rasterio
@@ -302,7 +258,7 @@ def test_geotiff_keeps_its_place(options, predictor, tmp_path):
 
 
 @needs_rasterio
-@pytest.mark.parametrize(("image", "says"), [(noise(3, 8, 8), "(3, 8, 8) uint8, wanted (4, H, W)"), (noise(4, 8, 8) * 1.0, "float64")])
+@pytest.mark.parametrize(("image", "says"), [(noise(3, 8, 8), "has 3 bands (red, green, blue), none"), (noise(4, 8, 8) * 1.0, "float64")])
 def test_geotiff_of_other_bands(image, says, tmp_path):
     path = write_geotiff(tmp_path / "field.tif", image)
     with pytest.raises(ValueError) as error, open_scene(Scene("field", path)):
@@ -336,14 +292,14 @@ def test_without_rasterio_the_place_is_dropped_with_a_word(predictor, tmp_path, 
 def mistake(monkeypatch, capsys, result, tmp_path):
     "Run the command in this process: it must fail with one line that says `contains`, and write nothing."
 
-    def run(*words, contains):
+    def run(*words, contains, code):
         words = [result.folder.name, *words, "-o", tmp_path / "maps", "--device", "cpu"]
         words += ["--results", result.folder.path.parents[1]]
         monkeypatch.setattr(sys, "argv", ["agrivision", "predict", *map(str, words)])
         with pytest.raises(SystemExit) as stop:
             main()
         printed = [line for line in capsys.readouterr().err.splitlines() if line]
-        assert stop.value.code == 2 and len(printed) == 1 and printed[0].startswith("agrivision: "), printed
+        assert stop.value.code == code and len(printed) == 1 and printed[0].startswith("agrivision: "), printed
         assert contains in printed[0], printed
         assert not list(tmp_path.glob("maps/*"))
 
@@ -353,17 +309,10 @@ def mistake(monkeypatch, capsys, result, tmp_path):
 @pytest.mark.parametrize(
     ("words", "contains"),
     [
-        (["nowhere.tif"], "nowhere.tif is missing: wanted a four-band TIFF, images/rgb/NAME.jpg with"),
-        (["FOLDER/empty"], "contains no image pairs: wanted a four-band TIFF"),
+        (["nowhere.tif"], "nowhere.tif is missing: wanted a TIFF, JPEG or PNG, images/rgb/NAME.jpg with"),
+        (["FOLDER/empty"], "contains no images: wanted a TIFF, JPEG or PNG"),
         (["FOLDER/notes.txt"], "notes.txt is not a supported image: wanted"),
-        (["FOLDER/lonely.jpg"], "lonely.jpg is not a supported image: wanted"),
         (["FOLDER/field.tif", "FOLDER/empty/field.tif"], "several inputs have the same name, field: predict them into different folders"),
-        (["FOLDER/damaged.tif"], "damaged.tif cannot be read"),
-        (["FOLDER/three.tif"], "(3, 8, 8) uint8, wanted (4, H, W) uint8, R, G, B, NIR: convert it"),
-        (["FOLDER/grey.tif"], "8, 9) uint8, wanted (4, H, W) uint8"),
-        (["FOLDER/deep.tif"], "(4, 8, 8) uint16, wanted (4, H, W) uint8"),
-        (["FOLDER/images/rgb/a.jpg"], "nir/a.jpg is missing"),
-        (["FOLDER/images/rgb/b.jpg"], "b.jpg is 8×8 pixels, but the tile's RGB image is 16×16"),
         (["FOLDER/field.tif", "--tta", "d8"], "tta is 'd8': wanted one of none, d4"),
         (["FOLDER/field.tif", "--checkpoint", "first"], "checkpoint is 'first': wanted one of last, best"),
         (["FOLDER/field.tif", "--channels", "rgb"], "channels is 'rgb': wanted one of rgbn"),
@@ -373,20 +322,42 @@ def mistake(monkeypatch, capsys, result, tmp_path):
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
 def test_mistakes(words, contains, mistake, tmp_path, test_set):
-    for folder in ("empty", "images/rgb", "images/nir"):
-        (tmp_path / folder).mkdir(parents=True)
+    "Of the command: nothing is predicted, and the exit code is 2."
+    (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").touch()
-    for name, size in {"lonely.jpg": 8, "images/rgb/a.jpg": 8, "images/rgb/b.jpg": 16}.items():
-        Image.new("RGB", (size, size)).save(tmp_path / name)
-    Image.new("L", (8, 8)).save(tmp_path / "images/nir/b.jpg")
     write_tiff(tmp_path / "field.tif", noise(4, 8, 8))
+    if any("empty/field" in word for word in words):
+        write_tiff(tmp_path / "empty/field.tif", noise(4, 8, 8))
+    mistake(*(w.replace("FOLDER", str(tmp_path)).replace("TEST", str(test_set)) for w in words), contains=contains, code=2)
+
+
+LACKS_NIR = "has 3 bands (red, green, blue), none known to be near-infrared, which the model needs: name the red,"
+
+
+@pytest.mark.parametrize(
+    ("name", "contains"),
+    [
+        ("lonely.jpg", f"lonely.jpg {LACKS_NIR}"),
+        ("damaged.tif", "damaged.tif cannot be read"),
+        ("three.tif", f"three.tif {LACKS_NIR}"),
+        ("grey.tif", "grey.tif has 1 band (undeclared), none known to be red or green or blue, which"),
+        ("deep.tif", "deep.tif has uint16 values: pass with --scale the value that becomes 255"),
+        ("images/rgb/a.jpg", "nir/a.jpg is missing"),
+        ("images/rgb/b.jpg", "b.jpg is 8×8 pixels, but the tile's RGB image is 16×16"),
+    ],
+)
+def test_bad_files(name, contains, mistake, tmp_path):
+    "They are named, and the exit code is 1."
+    for folder in ("images/rgb", "images/nir"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file, size in {"lonely.jpg": 8, "images/rgb/a.jpg": 8, "images/rgb/b.jpg": 16}.items():
+        Image.new("RGB", (size, size)).save(tmp_path / file)
+    Image.new("L", (8, 8)).save(tmp_path / "images/nir/b.jpg")
     write_tiff(tmp_path / "three.tif", noise(3, 8, 8))
     write_tiff(tmp_path / "deep.tif", noise(4, 8, 8).astype(np.uint16))
     tifffile.imwrite(tmp_path / "grey.tif", noise(8, 9))
     (tmp_path / "damaged.tif").write_bytes(b"II*\0" + bytes(range(200)))
-    if any("empty/field" in word for word in words):
-        write_tiff(tmp_path / "empty/field.tif", noise(4, 8, 8))
-    mistake(*(w.replace("FOLDER", str(tmp_path)).replace("TEST", str(test_set)) for w in words), contains=contains)
+    mistake(tmp_path / name, contains=contains, code=1)
 
 
 def test_no_such_training(monkeypatch, capsys, tmp_path):
@@ -407,13 +378,6 @@ def test_other_classes_make_no_submission(tmp_path, result):
 
 
 # -- the whole command
-
-
-def run_command(monkeypatch, *words) -> int:
-    monkeypatch.setattr(sys, "argv", ["agrivision", *map(str, words)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return stop.value.code or 0
 
 
 def test_the_command_and_its_submission(monkeypatch, capsys, result, test_set, tmp_path, predictor):
@@ -438,7 +402,7 @@ def test_the_command_and_its_submission(monkeypatch, capsys, result, test_set, t
     with zipfile.ZipFile(tmp_path / "zip/upload.zip") as archive:
         assert archive.namelist() == sorted(f"{p.stem}.png" for p in (test_set / "images/rgb").iterdir())
         for name in archive.namelist():
-            with open_scene(Scene("", test_set / "images/rgb" / name.replace("png", "jpg"))) as raster:
+            with open_scene(*find_scenes([test_set / "images/rgb" / name.replace("png", "jpg")])) as raster:
                 expected = predict_image(turned, raster.rows(0, 64), 64).argmax(0)
             np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(archive.read(name)))), expected)
     assert sorted(p.name for p in (tmp_path / "zip").iterdir()) == ["upload.zip"]
