@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import cast
@@ -24,7 +23,7 @@ from agrivision_repro.data.batches import IMAGENET, SAMPLERS, TileDataset, datas
 from agrivision_repro.data.editions import fingerprint
 from agrivision_repro.data.pack import PackedTiles, count_tiles, open_split, pack_split
 from agrivision_repro.data.tiles import Tile, Tiles, places_in_both
-from agrivision_repro.runs.run import Run, Source, build_loss, build_model, run_id
+from agrivision_repro.runs.run import Run, Source, build_loss, build_model, describe_run, run_id
 from agrivision_repro.runs.store import Result, RunFolder, hold, provenance
 from agrivision_repro.training.checkpoint import read_tensors, save_tensors
 from agrivision_repro.training.engine import Engine, check_device, make_engine
@@ -184,7 +183,7 @@ def _train_run(run: Run, workspace: Workspace, engine: Engine, folder: RunFolder
     "Train and score a Run and complete its folder; if it fails or is stopped, note that in its record."
     accelerator, began = engine.accelerator, time.monotonic()
     trainer = Trainer(build_model(run), build_loss(run), run.recipe, seed=run.seed, engine=engine, sync_switch=run.sync_switch)
-    record = {"run": asdict(run), "title": run.title, **provenance(engine), "micro_batches": trainer.n_micro_batches, "speed": trainer.speed}
+    record = {"run": describe_run(run), "title": run.title, **provenance(engine), "micro_batches": trainer.n_micro_batches, "speed": trainer.speed}
 
     def keep(**more: object) -> None:
         if accelerator.is_main_process:
