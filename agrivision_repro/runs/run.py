@@ -19,11 +19,12 @@ from ..data.synthetic_files import SyntheticConfig, write_synthetic
 from ..losses import HybridLoss
 from ..models.backbones import backbone_label
 from ..models.deeplab import DeepLabV3Plus
+from ..training.interventions import Intervention, make_intervention
 from ..training.schedule import RECIPES, Recipe
 
 # %% auto #0
 __all__ = ['SCALES', 'LATER_FIELDS', 'Scale', 'find_scale', 'Source', 'Run', 'plan_run', 'describe_run', 'run_id', 'build_model',
-           'build_loss']
+           'build_loss', 'build_intervention']
 
 # %% ../../nbs/60_runs.ipynb #cell-05
 @dataclass(frozen=True)
@@ -183,3 +184,8 @@ def build_loss(run: Run) -> HybridLoss:
     "Make the loss of a Run."
     options = {name: getattr(run, name) for name in ("bce_over_valid", "dice_per_class", "lovasz_per_image")}
     return HybridLoss(run.dice, run.lovasz, **options)
+
+
+def build_intervention(run: Run) -> Intervention:
+    "Make the intervention of a Run."
+    return make_intervention(run.intervention, run.channels, run.norm)
