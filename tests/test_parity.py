@@ -7,8 +7,9 @@ from authors import GOLDEN, backbone_input, backbone_state, backbone_tag, fill, 
 
 from agrivision_repro.losses import HybridLoss, bce_loss, dice_loss, lovasz_loss
 from agrivision_repro.metrics import ChallengeIoU, MultilabelIoU
-from agrivision_repro.models.backbones import NORMS, create_backbone, last_activation, load_matching, widen_stem
+from agrivision_repro.models.backbones import create_backbone, last_activation, load_matching, widen_stem
 from agrivision_repro.models.norms import SwitchNorm2d
+from agrivision_repro.study.paper import PAPER_NORMS
 
 SWITCH_NORM = np.load(GOLDEN / "switchnorm.npz")
 BACKBONES = np.load(GOLDEN / "backbones.npz")
@@ -31,7 +32,7 @@ def test_switch_norm(case, mode):
         np.testing.assert_allclose(value.detach().numpy().ravel(), wanted.ravel(), rtol=1e-10, atol=1e-10, err_msg=name)
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", PAPER_NORMS)
 @pytest.mark.parametrize("depth", [50, 101])
 def test_backbone(depth, norm):
     "Every ReLU layer and the output, in training and evaluation, in float64, with the same weights under the public key names."

@@ -244,10 +244,13 @@ def make_batch(
     n_classes: int,  # background included
     device: torch.device | str = "cpu",
     statistics: Statistics = IMAGENET,
+    nir_levels: np.ndarray | None = None,  # the new value of each NIR value, `(256,)` uint8; None: unchanged
 ) -> Batch:
     "Move samples to the device, zoom and shift them, select channels and unpack labels."
     planes = apply_zoom(*(t.to(device, non_blocking=True) for t in (samples.planes, samples.view)))
     image, (labels, valid) = planes[:, :4], planes[:, 4:].unbind(1)
+    if nir_levels is not None:
+        image = torch.cat([image[:, :3], torch.from_numpy(nir_levels).to(device)[image[:, 3:].int()]], 1)
     return Batch(select_channels(image, channels, statistics), multi_hot(labels, n_classes), valid.bool(), samples.index)
 
 # %% ../../nbs/16_batches.ipynb #cell-28
@@ -260,10 +263,11 @@ class TileDataset:
     n_classes: int  # background included
     statistics: Statistics = IMAGENET
     weights: np.ndarray | None = None  # of each tile in training, see `rare_class_weights`; None: all equal
+    nir_levels: np.ndarray | None = None  # see `make_batch`
 
     def prepare(self, device: torch.device | str) -> Callable[[Sample], Batch]:
         "Return the function that makes batches on a device."
-        return lambda samples: make_batch(samples, self.channels, self.n_classes, device, self.statistics)
+        return lambda samples: make_batch(samples, self.channels, self.n_classes, device, self.statistics, self.nir_levels)
 
 # %% ../../nbs/16_batches.ipynb #cell-30
 def read_ahead(

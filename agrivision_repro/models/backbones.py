@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from math import gcd
 from pathlib import Path
 from urllib.error import URLError
 
@@ -32,9 +33,9 @@ from .norms import InstanceBatchNorm2d, SwitchNorm2d
 # %% auto #0
 __all__ = ['DEPTHS', 'NORMS', 'DILATIONS', 'MULTIGRID', 'TORCHVISION', 'IBN_NET', 'IMAGENET_URLS', 'INPUT', 'TIMM_NAMES',
            'default_cfgs', 'replace_first_norms', 'backbone_label', 'last_activation', 'add_norm_after_addition',
-           'add_instance_norms', 'swap_norms', 'set_multigrid', 'widen_stem', 'fetch_checkpoint', 'read_checkpoint',
-           'LoadReport', 'load_matching', 'load_imagenet', 'make_resnet', 'create_backbone', 'spread', 'branch_spreads',
-           'draw_branches', 'make_entry']
+           'add_instance_norms', 'replace_all_norms', 'swap_norms', 'set_multigrid', 'widen_stem', 'fetch_checkpoint',
+           'read_checkpoint', 'LoadReport', 'load_matching', 'load_imagenet', 'make_resnet', 'create_backbone',
+           'spread', 'branch_spreads', 'draw_branches', 'make_entry']
 
 # %% ../../nbs/22_backbones.ipynb #cell-05
 def replace_first_norms(
@@ -90,6 +91,18 @@ def add_instance_norms(
     for stage, info in zip((resnet.layer1, resnet.layer2), resnet.feature_info[1:], strict=False):
         add_norm_after_addition(stage[-1], info["num_chs"])
 
+# %% ../../nbs/22_backbones.ipynb #gn000001
+def replace_all_norms(
+    resnet: ResNet,  # changed in place
+    n_groups: int = 32,  # fewer where a group would have less than two channels, or to divide the channels
+) -> None:
+    "Replace every batch norm by a group norm, which uses no statistics of other samples (Wu and He 2018)."
+    for name, norm in list(resnet.named_modules()):
+        if isinstance(norm, nn.BatchNorm2d):
+            parent, _, own = name.rpartition(".")
+            groups = gcd(n_groups, norm.num_features, max(norm.num_features // 2, 1))
+            setattr(resnet.get_submodule(parent), own, nn.GroupNorm(groups, norm.num_features, norm.eps))
+
 # %% ../../nbs/22_backbones.ipynb #0d5daddb
 DEPTHS = (18, 26, 34, 50, 101)  # 50 and 101 are the paper's; 18 and 34 have basic blocks
 NORMS: dict[str, Callable[[ResNet], None]] = {
@@ -97,6 +110,7 @@ NORMS: dict[str, Callable[[ResNet], None]] = {
     "ibn_a": partial(replace_first_norms, make=InstanceBatchNorm2d),
     "ibn_b": add_instance_norms,
     "ibn_s": partial(replace_first_norms, make=SwitchNorm2d),
+    "gn": replace_all_norms,  # ours, not in the paper
 }
 
 
@@ -331,7 +345,8 @@ def make_entry(name: str, depth: int, norm: str) -> Callable[..., nn.Module]:
 
 
 INPUT = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "pool_size": (7, 7), "first_conv": "conv1", "classifier": "fc"}
-TIMM_NAMES = {f"resnet{depth}_{norm}": (depth, norm) for depth in DEPTHS for norm in NORMS if norm != "bn"}
+# timm has a resnet50 and a resnet50_gn of its own
+TIMM_NAMES = {f"resnet{depth}_{norm}": (depth, norm) for depth in DEPTHS for norm in NORMS if norm not in ("bn", "gn")}
 default_cfgs = generate_default_cfgs({name: {"url": IMAGENET_URLS.get(key, ""), **INPUT} for name, key in TIMM_NAMES.items()})
 for _name, _key in TIMM_NAMES.items():
     register_model(make_entry(_name, *_key))

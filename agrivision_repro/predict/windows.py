@@ -79,6 +79,8 @@ def load_predictor(
     "Load a finished Run's model for prediction."
     check_choice("tta", tta, tuple(TTA))
     check_choice("channels", channels or result.run.channels, result.run.test_inputs)
+    if result.run.intervention == "match_nir":
+        raise ValueError("the model was trained on NIR matched to red (match_nir), which other images are not: choose another run")
     model, engine = result.model(checkpoint), make_engine(device, precision)
     return Predictor(model.to(engine.device), engine, channels or result.run.channels, result.statistics, tta)
 

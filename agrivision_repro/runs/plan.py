@@ -21,7 +21,7 @@ from agrivision_repro.data.batches import CHANNELS, Batch
 from agrivision_repro.data.pack import open_split
 from agrivision_repro.models.backbones import IMAGENET_URLS
 from agrivision_repro.models.deeplab import count_gmacs
-from agrivision_repro.runs.run import Run, Source, build_loss, build_model
+from agrivision_repro.runs.run import Run, Source, build_intervention, build_loss, build_model
 from agrivision_repro.runs.store import CHECKPOINTS, RunFolder, provenance, run_folders
 from agrivision_repro.runs.workspace import Workspace
 from agrivision_repro.training.engine import Engine, make_engine
@@ -97,7 +97,7 @@ def _seconds_of(
 
 def make_up_batch(kind: Run, side: int, n_tiles: int, device: torch.device) -> Batch:
     "Make a random batch in the shapes of a kind of Run."
-    n_channels, n_classes = len(CHANNELS[kind.channels]), len(kind.edition.classes)
+    n_channels, n_classes = len(CHANNELS[build_intervention(kind).batch_channels]), len(kind.edition.classes)
     targets = torch.rand(n_tiles, n_classes, side, side, device=device) < 1 / n_classes
     valid = torch.ones(n_tiles, side, side, dtype=torch.bool, device=device)
     return Batch(torch.randn(n_tiles, n_channels, side, side, device=device), targets, valid, torch.arange(n_tiles))
@@ -110,7 +110,9 @@ def time_steps(
     seconds: float = 5.0,  # after which no larger batch is tried
 ) -> Throughput:
     "Time training steps and forward passes, on as many tiles as time and memory allow."
-    trainer = Trainer(build_model(kind), build_loss(kind), replace(kind.recipe, micro_batches=1), seed=0, engine=engine)
+    options = {"seed": 0, "engine": engine, "intervention": build_intervention(kind)}
+    trainer = Trainer(build_model(kind), build_loss(kind), replace(kind.recipe, micro_batches=1), **options)
+    n_channels = len(CHANNELS[kind.channels])
     largest = kind.recipe.batch_size // kind.recipe.micro_batches
     n_tiles, pace, began = 1, None, time.perf_counter()
     while True:
@@ -120,7 +122,7 @@ def time_steps(
             train = _seconds_of(lambda batch=batch: trainer.step([batch]), seconds) / n_tiles
             trainer.model.eval()
             with torch.no_grad():
-                score = _seconds_of(lambda batch=batch: engine.predict(trainer.model, batch.x), seconds) / n_tiles
+                score = _seconds_of(lambda batch=batch: engine.predict(trainer.model, batch.x[:, :n_channels]), seconds) / n_tiles
         except torch.OutOfMemoryError as error:
             if pace is None:
                 raise ValueError(f"one tile of {side}² does not fit into device memory: use a larger device, or --device cpu") from error

@@ -19,10 +19,12 @@ from ..data.synthetic_files import SyntheticConfig, write_synthetic
 from ..losses import HybridLoss
 from ..models.backbones import backbone_label
 from ..models.deeplab import DeepLabV3Plus
+from ..training.interventions import Intervention, make_intervention
 from ..training.schedule import RECIPES, Recipe
 
 # %% auto #0
-__all__ = ['SCALES', 'Scale', 'find_scale', 'Source', 'Run', 'plan_run', 'run_id', 'build_model', 'build_loss']
+__all__ = ['SCALES', 'LATER_FIELDS', 'Scale', 'find_scale', 'Source', 'Run', 'plan_run', 'describe_run', 'run_id', 'build_model',
+           'build_loss', 'build_intervention']
 
 # %% ../../nbs/60_runs.ipynb #cell-05
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class Run:
     sync_switch: bool = False  # with several processes, compute SwitchNorm's batch moments over all of them
     shared_places: str = "train"  # the split without the tiles of places in both, `val` or `train`; "keep": neither
     seed: int = 0
+    intervention: str = ""  # what is changed in training: a name of `interventions.INTERVENTIONS`, with a strength, such as `invert(0.5)`
 
     @property
     def edition(self) -> Edition:
@@ -128,8 +131,8 @@ class Run:
 
     @property
     def net(self) -> str:
-        "Return the name of the backbone in the paper."
-        return backbone_label(self.depth, self.norm)
+        "Return the name of the backbone in the paper, followed by the intervention."
+        return ", ".join(filter(None, (backbone_label(self.depth, self.norm), self.intervention)))
 
     @property
     def title(self) -> str:
@@ -151,13 +154,21 @@ def plan_run(
     source = Source(data, chosen.synthetic if find_edition(data).name == "synthetic" else None)
     return Run(RECIPES[recipe] if recipe else chosen.recipe_for(data), source, **choices)
 
+# %% ../../nbs/60_runs.ipynb #later002
+LATER_FIELDS = {"intervention": ""}  # fields of Run that were added after the first records, and their defaults
+
+
+def describe_run(run: Run) -> dict:  # JSON types
+    "Return the fields of a Run, without those of `LATER_FIELDS` that are at their defaults."
+    return {name: value for name, value in asdict(run).items() if (name, value) not in LATER_FIELDS.items()}
+
 
 def run_id(
     run: Run,
     data_fingerprint: str,
 ) -> str:  # 12 hexadecimal digits
     "Return the name of the folder of a Run, a hash of the Run and its data's fingerprint."
-    described = json.dumps([asdict(run), data_fingerprint], sort_keys=True)
+    described = json.dumps([describe_run(run), data_fingerprint], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()[:12]
 
 # %% ../../nbs/60_runs.ipynb #cell-17
@@ -174,3 +185,8 @@ def build_loss(run: Run) -> HybridLoss:
     "Make the loss of a Run."
     options = {name: getattr(run, name) for name in ("bce_over_valid", "dice_per_class", "lovasz_per_image")}
     return HybridLoss(run.dice, run.lovasz, **options)
+
+
+def build_intervention(run: Run) -> Intervention:
+    "Make the intervention of a Run."
+    return make_intervention(run.intervention, run.channels, run.norm)

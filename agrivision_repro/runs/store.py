@@ -22,7 +22,7 @@ from agrivision_repro.core import ANEW, check_choice, read_json, write_json
 from agrivision_repro.data.batches import Statistics
 from agrivision_repro.models.deeplab import DeepLabV3Plus
 from agrivision_repro.data.synthetic_files import SyntheticConfig
-from agrivision_repro.runs.run import Run, Source, build_model
+from agrivision_repro.runs.run import LATER_FIELDS, Run, Source, build_model
 from agrivision_repro.training.checkpoint import read_metadata, read_tensors
 from agrivision_repro.training.engine import Engine
 from agrivision_repro.training.schedule import Recipe
@@ -137,6 +137,7 @@ class RunFolder:
         "Load fields and provenance; raise OtherVersion if another version wrote them."
         record = read_json(self.record_file)
         with refusing(self):
+            record["run"] = LATER_FIELDS | record["run"]
             foreign = _foreign_fields(record["run"])
         if foreign:
             remedy = f"{ANEW}, or name another --out"

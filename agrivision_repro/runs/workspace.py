@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import cast
@@ -25,7 +24,7 @@ from agrivision_repro.data.batches import IMAGENET, SAMPLERS, TileDataset, datas
 from agrivision_repro.data.editions import fingerprint
 from agrivision_repro.data.pack import PackedTiles, count_tiles, open_split, pack_split
 from agrivision_repro.data.tiles import Tile, Tiles, places_in_both
-from agrivision_repro.runs.run import Run, Source, build_loss, build_model, run_id
+from agrivision_repro.runs.run import Run, Source, build_intervention, build_loss, build_model, describe_run, run_id
 from agrivision_repro.runs.store import Result, RunFolder, hold, provenance
 from agrivision_repro.training.checkpoint import read_tensors, save_tensors
 from agrivision_repro.training.engine import Engine, check_device, make_engine
@@ -157,7 +156,8 @@ class Workspace:
         own = dataset_statistics(self.counts(run.source)) if run.statistics == "dataset" else IMAGENET
         is_rare = run.recipe.sampler == "rare" and split == "train"
         weights = rare_class_weights(self.counts(run.source))[self.kept(run, split)] if is_rare else None
-        return TileDataset(self.tiles(run, split), channels or run.channels, len(run.edition.classes), own, weights)
+        feed = TileDataset(self.tiles(run, split), channels or run.channels, len(run.edition.classes), own, weights)
+        return build_intervention(run).change_inputs(feed, lambda: self.tiles(run, "train"))
 
     def counts(self, source: Source) -> pd.DataFrame:  # of `count_table`
         "Return the counts of the training tiles."
@@ -198,8 +198,9 @@ class Workspace:
 def _train_run(run: Run, workspace: Workspace, engine: Engine, folder: RunFolder, title: str) -> None:
     "Train and score a Run and complete its folder; if it fails or is stopped, note that in its record."
     accelerator, began = engine.accelerator, time.monotonic()
-    trainer = Trainer(build_model(run), build_loss(run), run.recipe, seed=run.seed, engine=engine, sync_switch=run.sync_switch)
-    record = {"run": asdict(run), "title": run.title, **provenance(engine), "micro_batches": trainer.n_micro_batches, "speed": trainer.speed}
+    options = {"seed": run.seed, "engine": engine, "sync_switch": run.sync_switch, "intervention": build_intervention(run)}
+    trainer = Trainer(build_model(run), build_loss(run), run.recipe, **options)
+    record = {"run": describe_run(run), "title": run.title, **provenance(engine), "micro_batches": trainer.n_micro_batches, "speed": trainer.speed}
 
     def keep(**more: object) -> None:
         if accelerator.is_main_process:

@@ -59,6 +59,8 @@ def describe(module: nn.Module) -> tuple[str, str, int]:  # kind, label, channel
     if isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d)):
         kind = "BN" if isinstance(module, nn.BatchNorm2d) else "IN"
         return kind, f"{kind} {module.num_features}", module.num_features
+    if isinstance(module, nn.GroupNorm):
+        return "GN", f"GN {module.num_channels}", module.num_channels
     return type(module).__name__, type(module).__name__, 0
 
 # %% ../../nbs/66_blocks.ipynb #cell-10
@@ -296,7 +298,7 @@ STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
 
 def norm_sites(net: ResNet) -> pd.DataFrame:  # one row per norm: stage, block, place, kind, channels
     "List every norm of a net by tracing it."
-    norms = [s for s in trace_steps(net) if s.kind in ("BN", "IN", "IN+BN", "SwitchNorm")]
+    norms = [s for s in trace_steps(net) if s.kind in ("BN", "IN", "IN+BN", "SwitchNorm", "GN")]
     rows = [("stem", 0, "in the stem", s.kind, s.channels) for s in norms if not s.name.startswith("layer")]
     names = {s.label for s in norms}
     for stage in STAGES[1:]:

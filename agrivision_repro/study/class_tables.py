@@ -35,15 +35,16 @@ __all__ = ['BACKBONE_PAIRS', 'LOSS_PAIRS', 'backbone_row', 'loss_row', 'gather',
 def backbone_row(run: Run) -> tuple[str, tuple | None]:  # its name, and its row in the paper's Table 2
     "Return the row of a Run in Table 2."
     key = (run.depth, run.norm)
-    if run.channels == "rgbn":
+    if run.channels == "rgbn" and not run.intervention:
         return (run.net, key) if key in TABLE2.index else (f"+ {run.net}", None)
-    return f"+ {run.net}, {CHANNEL_LABELS[run.channels]}", None
+    return f"+ {run.net}" + f", {CHANNEL_LABELS[run.channels]}" * (run.channels != "rgbn"), None
 
 
 def loss_row(run: Run) -> tuple[str, tuple | None]:  # its name, and its row in the paper's Table 3
     "Return the row of a Run in Table 3."
     name = f"λ1 = {run.dice:g}, λ2 = {run.lovasz:g}"
-    return (name, (run.dice, run.lovasz)) if run.norm == "ibn_a" else (f"+ {run.net}, {name}", None)
+    is_papers = run.norm == "ibn_a" and not run.intervention
+    return (name, (run.dice, run.lovasz)) if is_papers else (f"+ {run.net}, {name}", None)
 
 
 def gather(results: Sequence[Result], row_of) -> dict[str, list[Result]]:  # row → one result per seed, in their order

@@ -92,6 +92,22 @@ def fig3(
     return [plan_run(scale, data, norm="ibn_s", seed=seed, lovasz=1.0) for seed in check_seeds(seeds)]
 
 
+def section7_trained(
+    scale: str = "smoke",  # a key of `runs.SCALES`
+    data: str = "synthetic",  # a key of `data.EDITIONS`
+    seeds: Sequence[int] = (0,),  # one run of each kind per seed
+) -> list[Run]:
+    "Return the Runs of section 7 that need training, and the plain ones that they are compared with, each once."
+    rgb, nrgb = {"channels": "rgb", "lovasz": 1.0}, {"channels": "rgbn"}  # as in Figure 2 and as in Table 2
+    arms = [nrgb | {"norm": norm, "intervention": name} for name in ("", "match_nir") for norm in ("bn", "ibn_a", "ibn_s")]  # E3
+    arms += [rgb | {"intervention": name} for name in ("", "kl(0.01)", "kl(0.03)", "kl(0.1)", "kl(0.3)", "sham(0.1)")]  # E4
+    arms += [rgb | {"intervention": f"random_statistics({strength})"} for strength in (0.25, 0.5, 1)]  # E5, against IBN-a
+    arms += [rgb | {"norm": "ibn_s", "intervention": f"switches({order})"} for order in ("bn", "uniform", "shuffled")]  # E7
+    arms += [rgb | {"norm": norm, "intervention": name} for name in ("", "invert(0.5)") for norm in ("bn", "ibn_a", "ibn_s")]  # E9
+    arms += [rgb | {"norm": "gn", "channels": channels} for channels in ("rgb", "nir3")] + [nrgb | {"intervention": "modality_dropout"}]
+    return list(dict.fromkeys(plan_run(scale, data, seed=seed, **arm) for seed in check_seeds(seeds) for arm in arms))
+
+
 def all_runs(
     scale: str = "smoke",  # a key of `runs.SCALES`
     data: str = "synthetic",  # a key of `data.EDITIONS`

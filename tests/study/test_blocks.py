@@ -100,7 +100,7 @@ def test_no_norm_is_missed(norm):
     net = create_backbone(50, norm, width=1 / 16)
     kinds = Counter(type(m).__name__ for m in net.modules())
     halves = kinds["InstanceBatchNorm2d"]  # has one of each inside
-    n_norms = kinds["BatchNorm2d"] + kinds["InstanceNorm2d"] + kinds["SwitchNorm2d"] - halves
+    n_norms = kinds["BatchNorm2d"] + kinds["InstanceNorm2d"] + kinds["SwitchNorm2d"] + kinds["GroupNorm"] - halves
     assert len(norm_sites(net)) == n_norms
 
 
