@@ -23,9 +23,8 @@ from ..plots import CURVE_COLORS
 
 # %% auto #0
 __all__ = ['Stream', 'Intervention', 'SWITCHES', 'adapt_norms', 'layer_means', 'draw_distributions', 'channel_values',
-           'check_size', 'apply_affine', 'collect_pair', 'match_moments', 'apply_to', 'match_histogram', 'apply_curves',
-           'low_frequencies', 'stack_inputs', 'match_amplitude', 'apply_amplitude', 'invert_contrast',
-           'random_gain_offset', 'copy_switches', 'freeze_switches', 'shuffle_switches', 'Intervened']
+           'match_moments', 'apply_to', 'match_histogram', 'low_frequencies', 'match_amplitude', 'invert_contrast',
+           'random_gain_offset', 'freeze_switches', 'shuffle_switches', 'Intervened']
 
 # %% ../../nbs/44_interventions.ipynb #iv-07
 Stream = Iterable  # of x `(B, C, H, W)`, or (x, valid) with valid bool `(B, H, W)`
@@ -81,19 +80,19 @@ def channel_values(batches: Stream) -> Tensor:  # valid pixels of each channel, 
     return torch.cat(kept).T.contiguous()
 
 
-def check_size(x: Tensor, n_channels: int) -> None:
+def _check_size(x: Tensor, n_channels: int) -> None:
     "Check that an input has as many channels as the fit; raises ValueError otherwise."
     if x.ndim != 4 or x.shape[1] != n_channels:
         raise ValueError(f"x is {tuple(x.shape)}: wanted (B, {n_channels}, H, W), with the channels of the fit")
 
 
-def apply_affine(x: Tensor, gain: Tensor, offset: Tensor) -> Tensor:  # `(C,)` each
+def _apply_affine(x: Tensor, gain: Tensor, offset: Tensor) -> Tensor:  # `(C,)` each
     "Multiply each channel by a gain and add an offset."
-    check_size(x, len(gain))
+    _check_size(x, len(gain))
     return x * gain.to(x)[:, None, None] + offset.to(x)[:, None, None]
 
 # %% ../../nbs/44_interventions.ipynb #iv-15
-def collect_pair(inputs: Stream, reference: Stream) -> tuple[Tensor, Tensor]:  # of `channel_values`
+def _collect_pair(inputs: Stream, reference: Stream) -> tuple[Tensor, Tensor]:  # of `channel_values`
     "Collect the values of two streams; raises ValueError if they cannot be matched."
     values, wanted = channel_values(inputs), channel_values(reference)
     if len(values) != len(wanted):
@@ -106,11 +105,11 @@ def match_moments(
     reference: Stream,  # training inputs whose moments it gets
 ) -> Intervention:
     "Fit a gain and an offset per channel that match mean and standard deviation."
-    (std, mean), (to_std, to_mean) = (torch.std_mean(values.double(), 1) for values in collect_pair(inputs, reference))
+    (std, mean), (to_std, to_mean) = (torch.std_mean(values.double(), 1) for values in _collect_pair(inputs, reference))
     if not (std > 0).all():
         raise ValueError(f"inputs have standard deviations {std.tolist()}: a constant channel cannot be matched")
     gain = to_std / std
-    return partial(apply_affine, gain=gain, offset=to_mean - gain * mean)
+    return partial(_apply_affine, gain=gain, offset=to_mean - gain * mean)
 
 
 def apply_to(batches: Stream, *steps: Intervention) -> list:  # of batches like those of `batches`
@@ -133,16 +132,16 @@ def match_histogram(
     if n_quantiles < 2:
         raise ValueError(f"n_quantiles is {n_quantiles}: wanted 2 or more")
     levels, curves = np.linspace(0, 1, n_quantiles), []
-    for own, target in zip(*collect_pair(inputs, reference), strict=True):
+    for own, target in zip(*_collect_pair(inputs, reference), strict=True):
         x, index = np.unique(np.quantile(own.numpy(), levels), return_inverse=True)
         y = np.bincount(index, np.quantile(target.numpy(), levels)) / np.bincount(index)  # tied quantiles share their targets' mean
         curves.append((x, y))
-    return partial(apply_curves, curves=curves)
+    return partial(_apply_curves, curves=curves)
 
 
-def apply_curves(x: Tensor, curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> Tensor:  # a curve's points per channel
+def _apply_curves(x: Tensor, curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> Tensor:  # a curve's points per channel
     "Apply a piecewise linear curve to each channel; constant beyond its ends."
-    check_size(x, len(curves))
+    _check_size(x, len(curves))
     bent = [np.interp(channel.cpu().numpy(), *curve) for channel, curve in zip(x.unbind(1), curves, strict=True)]
     return torch.from_numpy(np.stack(bent, 1)).to(x)
 
@@ -154,7 +153,7 @@ def low_frequencies(height: int, width: int, beta: float) -> Tensor:  # `(H, W /
     return (torch.minimum(rows, height - rows) <= limit)[:, None] & (columns <= limit)
 
 
-def stack_inputs(batches: Stream, name: str) -> Tensor:  # `(N, C, H, W)`
+def _stack_inputs(batches: Stream, name: str) -> Tensor:  # `(N, C, H, W)`
     "Stack the inputs of a stream; raises ValueError unless all have one size."
     images = [split_batch(batch)[0].detach() for batch in batches]
     if (n_sizes := len({x.shape[1:] for x in images})) != 1:
@@ -170,19 +169,19 @@ def match_amplitude(
     "Fit a map of the low-frequency amplitudes that matches their means and standard deviations over tiles."
     if not 0 < beta <= 0.5:
         raise ValueError(f"beta is {beta}: wanted a share above 0 and at most 0.5")
-    own, target = stack_inputs(inputs, "inputs"), stack_inputs(reference, "reference")
+    own, target = _stack_inputs(inputs, "inputs"), _stack_inputs(reference, "reference")
     if own.shape[1:] != target.shape[1:] or min(len(own), len(target)) < 2:
         raise ValueError(f"inputs are {tuple(own.shape)}, reference {tuple(target.shape)}: wanted equal sizes, and 2 or more of each")
     black = torch.minimum(own.amin((0, 2, 3)), target.amin((0, 2, 3)))[:, None, None]
     (std, mean), (to_std, to_mean) = (torch.std_mean(torch.fft.rfft2(x - black).abs(), 0) for x in (own, target))
     gain = torch.where(std > 0, to_std / std, 0.0)
-    is_low = low_frequencies(*own.shape[2:], beta)
-    return partial(apply_amplitude, gain=gain, offset=to_mean - gain * mean, black=black, is_low=is_low)
+    is_low = low_frequencies(own.shape[2], own.shape[3], beta)
+    return partial(_apply_amplitude, gain=gain, offset=to_mean - gain * mean, black=black, is_low=is_low)
 
 
-def apply_amplitude(x: Tensor, gain: Tensor, offset: Tensor, black: Tensor, is_low: Tensor) -> Tensor:
+def _apply_amplitude(x: Tensor, gain: Tensor, offset: Tensor, black: Tensor, is_low: Tensor) -> Tensor:
     "Change the amplitudes of low frequencies and keep all phases."
-    check_size(x, len(gain))
+    _check_size(x, len(gain))
     if (x.shape[2], x.shape[3] // 2 + 1) != gain.shape[1:]:
         raise ValueError(f"x is {tuple(x.shape)}: wanted inputs in the size of the fit, {gain.shape[1]} pixels high")
     spectrum = torch.fft.rfft2(x - black.to(x))
@@ -202,7 +201,7 @@ def invert_contrast(
         raise ValueError(f"channels are {list(chosen)}: wanted some of 0 to {len(mean) - 1}")
     gain = torch.ones_like(mean)
     gain[list(chosen)] = -1
-    return partial(apply_affine, gain=gain, offset=(1 - gain) * mean)
+    return partial(_apply_affine, gain=gain, offset=(1 - gain) * mean)
 
 # %% ../../nbs/44_interventions.ipynb #iv-34
 def random_gain_offset(
@@ -215,13 +214,13 @@ def random_gain_offset(
     if n_channels < 1 or gain < 1 or offset < 0:
         raise ValueError(f"{n_channels} channels, gain {gain}, offset {offset}: wanted 1 or more, 1 or more, and 0 or more")
     drawn = 2 * torch.rand(2, n_channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 1
-    return partial(apply_affine, gain=gain ** drawn[0], offset=offset * drawn[1])
+    return partial(_apply_affine, gain=gain ** drawn[0], offset=offset * drawn[1])
 
 # %% ../../nbs/44_interventions.ipynb #iv-38
 SWITCHES = {"bn": -1e3, "uniform": 0.0}  # state → softmax logit of instance and layer moments; that of batch moments is 0
 
 
-def copy_switches(model: nn.Module) -> tuple[nn.Module, list[SwitchNorm2d]]:  # the copy and its SwitchNorms, ordered from the input
+def _copy_switches(model: nn.Module) -> tuple[nn.Module, list[SwitchNorm2d]]:  # the copy and its SwitchNorms, ordered from the input
     "Copy a model; raises ValueError if it has no SwitchNorm."
     copied = copy.deepcopy(model)
     norms = [module for module in copied.modules() if isinstance(module, SwitchNorm2d)]
@@ -237,7 +236,7 @@ def freeze_switches(
 ) -> nn.Module:
     "Return a copy of a model with all switches set to one state, without gradients."
     check_choice("to", to, tuple(SWITCHES))
-    copied, norms = copy_switches(model)
+    copied, norms = _copy_switches(model)
     for importance in (w for norm in norms for w in (norm.mean_weight, norm.var_weight)):
         importance.fill_(SWITCHES[to])[-1] = 0
         importance.requires_grad_(False)
@@ -250,7 +249,7 @@ def shuffle_switches(
     seed: int = 0,
 ) -> nn.Module:
     "Return a copy of a model with the switches exchanged at random between its layers."
-    copied, norms = copy_switches(model)
+    copied, norms = _copy_switches(model)
     if len({norm.statistics for norm in norms}) > 1:
         raise ValueError("SwitchNorms blend different statistics: their switches cannot be exchanged")
     learned = [(norm.mean_weight.clone(), norm.var_weight.clone()) for norm in norms]

@@ -32,7 +32,7 @@ class Arm:
 
     experiment: str = ""
     adapts_to: str = ""  # AdaBN on the training tiles of the "own" or the "other" modality; "": norms as trained
-    steps: tuple[str, ...] = ()  # names in `fit_steps`, applied to the inputs in this order
+    steps: tuple[str, ...] = ()  # names in `_fit_steps`, applied to the inputs in this order
     tested_on: str = "other"  # or "own" modality
 
 
@@ -54,7 +54,7 @@ N_FIT = 64  # training tiles, evenly spread, that interventions are fitted on; h
 _SCORES = ("multilabel", "gated", "average_precision")
 
 
-def training_inputs(
+def _training_inputs(
     run: Run,
     workspace: Workspace,
     channels: str,  # a modality
@@ -67,7 +67,7 @@ def training_inputs(
     return [(batch.x.contiguous(memory_format=torch.channels_last), batch.valid) for batch in loader]
 
 
-def fit_steps(
+def _fit_steps(
     own: Sequence,  # of `training_inputs`
     other: Sequence,
 ) -> dict[str, Intervention]:
@@ -83,15 +83,15 @@ def _prepare(run: Run, workspace: Workspace) -> tuple[dict[str, list], dict[str,
     "Load the training inputs of both modalities and fit the interventions."
     engine = make_engine(workspace.device, workspace.precision)
     streams = {"own": run.channels, "other": OTHER[run.channels]}
-    inputs = {side: training_inputs(run, workspace, channels, engine) for side, channels in streams.items()}
-    return inputs, fit_steps(inputs["own"], inputs["other"])
+    inputs = {side: _training_inputs(run, workspace, channels, engine) for side, channels in streams.items()}
+    return inputs, _fit_steps(inputs["own"], inputs["other"])
 
 
 def _load_inputs(feed: TileDataset, engine: Engine) -> list:  # of x `(B, 3, H, W)`
     return [batch.x for batch in scoring_loader(feed.tiles, prepare=feed.prepare(engine.device))]
 
 
-def evaluate_arms(result: Result, workspace: Workspace) -> tuple[dict, np.ndarray]:
+def _evaluate_arms(result: Result, workspace: Workspace) -> tuple[dict, np.ndarray]:
     "Score a trained net in every arm: arm → scores and medians of the divergence over layers; counts per tile, `(arms, N, C, 2)`."
     run, engine = result.run, make_engine(workspace.device, workspace.precision)
     inputs, steps = _prepare(replace(run, norm="bn", seed=0), workspace)
@@ -124,7 +124,7 @@ def run_section7(
     "Score a net in every arm, or load it if already done."
     path, tiles, design = result.folder / "section7.json", result.folder / "section7.npy", repr((ARMS, STRENGTHS, N_FIT))
     if not (path.is_file() and tiles.is_file() and read_json(path)["design"] == design):
-        found, counts = evaluate_arms(result, workspace)
+        found, counts = _evaluate_arms(result, workspace)
         write_array(tiles, counts)
         write_json(path, {"design": design, "arms": found})
     return read_json(path)["arms"], dict(zip(ARMS, np.load(tiles, allow_pickle=False), strict=True))

@@ -25,23 +25,23 @@ from agrivision_repro.study.figures import rank_correlation
 from agrivision_repro.study.modality import MODALITIES, OTHER
 from agrivision_repro.study.section7 import ARMS, AS_IT_IS, CHANGED, STRENGTHS, run_section7
 
-Net = tuple[str, str]  # modality that it was trained on, norm
+_Net = tuple[str, str]  # modality that it was trained on, norm
 
 
-def sort_nets(nets: Iterable[Net]) -> list[Net]:
+def _sort_nets(nets: Iterable[_Net]) -> list[_Net]:
     "Sort nets by their training modality, RGB first."
     return sorted(nets, key=lambda net: MODALITIES.index(net[0]))
 
 
-def group_nets(results: Sequence[Result]) -> dict[Net, list[Result]]:  # in the order of their seeds
+def _group_nets(results: Sequence[Result]) -> dict[_Net, list[Result]]:  # in the order of their seeds
     "Group results by training modality and norm."
-    nets: dict[Net, list[Result]] = {}
+    nets: dict[_Net, list[Result]] = {}
     for result in sorted(results, key=lambda r: r.run.seed):
         nets.setdefault((result.run.channels, result.run.norm), []).append(result)
-    return {net: nets[net] for net in sort_nets(nets)}
+    return {net: nets[net] for net in _sort_nets(nets)}
 
 
-def name_net(net: Net) -> str:
+def _name_net(net: _Net) -> str:
     "Return the name of a net with its training modality."
     return f"{backbone_label('', net[1])} on {CHANNEL_LABELS[net[0]]}"
 
@@ -70,7 +70,7 @@ def share_recovered(
     return combine(100 * (share + (gain - share * decay) / decay.mean()), 1e4 * errors.var(ddof=1) * n / (n - 1), n)
 
 
-def recover(results: Sequence[Result], workspace: Workspace) -> dict[str, tuple[Effect, Effect | None]]:
+def _recover(results: Sequence[Result], workspace: Workspace) -> dict[str, tuple[Effect, Effect | None]]:
     "Estimate what each arm gains on the other modality, in points and as a share of the decay: of one net, a result per seed."
     fields = workspace.fields(results[0].run)
     groups = fields if len(set(fields)) > 1 else None
@@ -99,8 +99,8 @@ def section7_recovery(
 ) -> pd.DataFrame:  # per net and arm: gain in points, share of the decay in %, each with its interval; n, p, verdict
     "Estimate and judge what each arm recovers of the decay on the other modality."
     rows = []
-    for net, own in group_nets(results).items():
-        effects = recover(own, workspace)
+    for net, own in _group_nets(results).items():
+        effects = _recover(own, workspace)
         verdicts = judge_arms({name: gain for name, (gain, _) in effects.items()})
         for name, (gain, share) in effects.items():
             shares = (np.nan,) * 3 if share is None else (share.estimate, *share.interval())
@@ -109,7 +109,7 @@ def section7_recovery(
     return pd.DataFrame(rows, columns=columns)
 
 
-def fit_slopes(
+def _fit_slopes(
     scores: pd.DataFrame,  # of `section7_scores`
 ) -> pd.DataFrame:  # per run: rank correlation, slope (points per e-fold of divergence), log_divergence and other (mIoU) as it is
     "Relate score and divergence over the arms on the other modality within each run."
@@ -122,10 +122,10 @@ def fit_slopes(
     return pd.DataFrame(rows.values(), pd.MultiIndex.from_tuples(rows, names=names), ["rank", "slope", "log_divergence", "other"]).sort_index()
 
 
-def relate(scores: pd.DataFrame) -> dict[Net, dict[str, Effect]]:
+def relate(scores: pd.DataFrame) -> dict[_Net, dict[str, Effect]]:
     "Estimate, per net: rank agreement, slope; for IBN-Nets the gain over ResNet that the slope predicts, the observed one, and the rest."
-    fits, found = fit_slopes(scores), {}
-    for net in sort_nets(dict.fromkeys(zip(scores.trained_on, scores.norm, strict=True))):
+    fits, found = _fit_slopes(scores), {}
+    for net in _sort_nets(dict.fromkeys(zip(scores.trained_on, scores.norm, strict=True))):
         own = fits.loc[net]
         found[net] = {name: combine(own[name]) for name in ("rank", "slope")}
         if net[1] != "bn" and (net[0], "bn") in fits.index:
@@ -149,9 +149,9 @@ def judge_mediation(effects: Mapping[str, Effect]) -> str:
     return DISAGREES if low > 0 or high < 0 else AGREES if judge(effects["predicted"]) == AGREES else UNDECIDED
 
 
-def _lay_out(cells: Mapping[Net, Mapping[str, str]], rows: Sequence[str]) -> pd.DataFrame:
+def _lay_out(cells: Mapping[_Net, Mapping[str, str]], rows: Sequence[str]) -> pd.DataFrame:
     "Lay out text cells: arms by nets."
-    return pd.DataFrame({name_net(net): {row: own[row] for row in rows} for net, own in cells.items()})
+    return pd.DataFrame({_name_net(net): {row: own[row] for row in rows} for net, own in cells.items()})
 
 
 def format_scores(
@@ -159,19 +159,19 @@ def format_scores(
 ) -> pd.DataFrame:  # text cells; rows: arms, columns: nets
     "Format multi-label mIoU, averaged over seeds, with the divergence (its geometric mean) in brackets."
     rows = ["own modality", AS_IT_IS, *CHANGED]
-    cells: dict[Net, dict[str, str]] = {}
+    cells: dict[_Net, dict[str, str]] = {}
     for (trained, norm, arm), own in scores[scores.arm.isin(rows)].groupby(["trained_on", "norm", "arm"], sort=False):
         factor = np.exp(np.log(own.divergence).mean())
         bracket = "" if np.isnan(factor) else f" ({factor:.2g})" if factor < 100 else f" ({factor:,.0f})"
         cells.setdefault((trained, norm), {})[arm] = format_score(own.multilabel.mean(), spread(own.multilabel)) + bracket
-    return _lay_out({net: cells[net] for net in sort_nets(cells)}, rows)
+    return _lay_out({net: cells[net] for net in _sort_nets(cells)}, rows)
 
 
 def format_recovery(
     recovery: pd.DataFrame,  # of `section7_recovery`
 ) -> pd.DataFrame:  # text cells; rows: arms, columns: nets
     "Format gains in points, the share of the decay, and the verdict."
-    cells: dict[Net, dict[str, str]] = {}
+    cells: dict[_Net, dict[str, str]] = {}
     for row in recovery.itertuples():
         ends = f" ({row.gain_low:+.1f} to {row.gain_high:+.1f})" if np.isfinite(row.gain_low) else ""
         share = "" if np.isnan(row.share) else f", {row.share:.0f} %"
@@ -187,8 +187,8 @@ def section7_relation(scores: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]
         verdicts = {name: judge(effects[name], -1, margin=0) for name in ("rank", "slope")}
         rows += [(*net, name, e.estimate, *e.interval(), e.n_seeds, verdicts.get(name, mediation)) for name, e in effects.items()]
         gains = {name: format_points(effects[name]) if name in effects else "–" for name in ("predicted", "observed")}
-        cells[name_net(net)] = {
-            "rank correlation": f"{format_number(effects['rank'])}; {verdicts['rank']}",
+        cells[_name_net(net)] = {
+            "rank correlation": f"{_format_number(effects['rank'])}; {verdicts['rank']}",
             "slope, points per factor of e": f"{format_points(effects['slope'])}; {verdicts['slope']}",
             "gain over ResNet, predicted": gains["predicted"],
             "gain over ResNet, observed": gains["observed"],
@@ -198,7 +198,7 @@ def section7_relation(scores: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]
     return pd.DataFrame(rows, columns=columns), pd.DataFrame(cells).T
 
 
-def format_number(effect: Effect) -> str:
+def _format_number(effect: Effect) -> str:
     "Format an effect with two decimals and its interval."
     low, high = effect.interval()
     return f"{effect.estimate:+.2f}" + (f" ({low:+.2f} to {high:+.2f})" if effect.n_seeds > 1 else "")
@@ -207,12 +207,12 @@ def format_number(effect: Effect) -> str:
 def format_sensitivity(scores: pd.DataFrame) -> pd.DataFrame:  # text cells; rows: nets
     "Format the share of the own modality's mIoU that is kept under a random gain and offset: mean ± standard deviation over seeds."
     cells: dict[str, dict[str, str]] = {}
-    for net in sort_nets(dict.fromkeys(zip(scores.trained_on, scores.norm, strict=True))):
+    for net in _sort_nets(dict.fromkeys(zip(scores.trained_on, scores.norm, strict=True))):
         own = scores[(scores.trained_on == net[0]) & (scores.norm == net[1])]
         for name, (gain, offset) in STRENGTHS.items():
             kept = own[own.arm.str.startswith(f"{name} gain")].groupby("seed").share_kept.mean()
             column = f"gain up to ×{gain:g}, offset up to ±{offset:g}: mIoU kept, %"
-            cells.setdefault(name_net(net), {})[column] = format_score(kept.mean(), spread(kept))
+            cells.setdefault(_name_net(net), {})[column] = format_score(kept.mean(), spread(kept))
     return pd.DataFrame(cells).T
 
 
