@@ -14,7 +14,8 @@ from agrivision_repro.runs.store import Result, RunFolder
 from agrivision_repro.runs.workspace import KNOWN, Workspace, describe_source
 
 HISTORY_EVERY = 10  # iterations averaged per row of a log's history
-_MEASURED = ("divergence.csv", "switches.csv", "section7.json")  # files of other rooms in a run folder, if there
+_TEXTS = ("divergence.csv", "switches.csv", "section7.json")  # files in a run folder, if there
+_COUNTS = ("tiles.npy", "section7.npy")
 
 
 def write_log(
@@ -22,12 +23,13 @@ def write_log(
     workspace: Workspace,
     folder: Path,
 ) -> None:
-    "Write the log of a Run, `ID.json`, and its history, `ID.csv`."
-    measured = {name: path.read_text() for name in _MEASURED if (path := result.folder / name).is_file()}
-    tiles = np.load(result.folder.tiles).tolist()
+    "Write the log of a Run: `ID.json`, counts of its tiles in `ID.npz`, history in `ID.csv`."
+    measured = {name: path.read_text() for name in _TEXTS if (path := result.folder / name).is_file()}
+    counts = {name: np.load(path) for name in _COUNTS if (path := result.folder / name).is_file()}
     known = {"fingerprint": workspace.identify(result.run.source), "places": workspace.fields(result.run)}
-    content = {"id": result.folder.name, **known, "record": result.record, "checkpoints": result.checkpoints, "tiles": tiles, "measured": measured}
+    content = {"id": result.folder.name, **known, "record": result.record, "checkpoints": result.checkpoints, "measured": measured}
     replace_file(folder / f"{result.folder.name}.json", lambda p: p.write_text(json.dumps(content, separators=(",", ":")) + "\n"))
+    np.savez_compressed(folder / f"{result.folder.name}.npz", **counts)
     history = pd.read_csv(result.folder.history)
     means = history.groupby((history.iteration - 1) // HISTORY_EVERY).mean().assign(iteration=lambda t: t.iteration.round().astype(int))
     replace_file(folder / f"{result.folder.name}.csv", lambda p: means.to_csv(p, index=False, float_format="%.5g"))
@@ -50,7 +52,9 @@ def unpack_logs(
     for log in read_logs(folder):
         own = RunFolder(out / "runs" / log["id"])
         own.write_record(log["record"])
-        write_array(own.tiles, np.array(log["tiles"], np.int64))
+        with np.load(folder / f"{log['id']}.npz") as counts:
+            for name in counts.files:
+                write_array(own / name, counts[name])
         for name, text in log["measured"].items():
             (own / name).write_text(text)
         own.write_scores(log["checkpoints"])

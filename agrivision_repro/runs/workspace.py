@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import cast
