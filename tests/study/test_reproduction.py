@@ -95,7 +95,7 @@ class Cells(HTMLParser):
 # --- every number comes from the runs
 
 
-def test_24_runs_serve_eight_notebooks(out):
+def test_24_runs_serve_all_notebooks(out):
     assert len(list(out.glob("runs/*/scores.json"))) == len(all_runs()) == 24
     assert all((out / "notebooks" / f"{name}.html").is_file() for name in TABLES)
 
