@@ -58,7 +58,7 @@ def kind_of(run: Run) -> Run:
     recipe = Recipe(1, 1_000, 0, pretrained=False, **shape)  # long enough to time, too short to be compiled
     channels = "rgb" if len(CHANNELS[run.channels]) == 3 else "rgbn"
     alike = {"source": Source(run.source.name), "seed": 0, "statistics": "imagenet", "dice": float(run.dice > 0), "lovasz": float(run.lovasz > 0)}
-    return replace(run, recipe=recipe, channels=channels, **alike)
+    return replace(run, recipe=recipe, channels=channels, intervention=build_intervention(run).example, **alike)
 
 
 @lru_cache
@@ -133,6 +133,11 @@ def time_steps(
         n_tiles = min(2 * n_tiles, largest)
 
 
+def _distance(kind: tuple[Run, int], other: tuple[Run, int]) -> tuple[bool, float]:
+    "Return whether the interventions of two kinds differ, and by how many multiply-adds the nets do."
+    return kind[0].intervention != other[0].intervention, abs(gmacs_of(*kind) - gmacs_of(*other))
+
+
 def _pace_all(
     kinds: dict[tuple[Run, int], int],  # kind and side → number of its Runs
     engine: Engine,
@@ -147,7 +152,7 @@ def _pace_all(
     timed = dict(paces)
     for key in kinds:
         if key not in timed:
-            near = min(timed, key=lambda other: abs(gmacs_of(*other) - gmacs_of(*key)))  # noqa: B023 used at once
+            near = min(timed, key=lambda other: _distance(other, key))  # noqa: B023 used at once
             ratio = gmacs_of(*key) / gmacs_of(*near)
             paces[key] = Throughput(timed[near].train * ratio, timed[near].score * ratio, 0, timed[near].is_full)
     return paces

@@ -20,6 +20,7 @@ from agrivision_repro.models.deeplab import DeepLabV3Plus
 from agrivision_repro.models.norms import SwitchNorm2d
 from agrivision_repro.predict.windows import load_predictor
 from agrivision_repro.runs.listing import list_runs
+from agrivision_repro.runs.plan import kind_of, time_steps
 from agrivision_repro.runs.run import build_intervention, plan_run
 from agrivision_repro.runs.store import run_folders
 from agrivision_repro.runs.workspace import Workspace
@@ -321,3 +322,10 @@ def test_runs_over_two_processes(tmp_path):
     assert set(table.title) == {"ResNet18, kl(0.1) on RGB, seed 0", "IBN-Net18-s, switches(shuffled) on RGB, seed 0"}
     for folder in run_folders(tmp_path / "out"):
         folder.result().model()
+
+
+def test_a_plan_times_the_penalty_once_for_all_doses():
+    runs = [plan_run("smoke", "synthetic", channels="nir3", depth=18, intervention=f"kl({dose})") for dose in (0.1, 0.3)]
+    kind = kind_of(runs[0])
+    assert kind == kind_of(runs[1]) != kind_of(replace(runs[0], intervention=""))
+    assert time_steps(kind, 32, make_engine("cpu", "float32"), 0.1).train > 0
