@@ -25,7 +25,7 @@ def check_pixels(
     "Check that shapes, types and values match; raises ValueError otherwise."
     if logits.shape != targets.shape or logits.ndim != 4:
         raise ValueError(f"logits are {tuple(logits.shape)}, targets {tuple(targets.shape)}: both must be (B, C, H, W)")
-    if valid.shape != (len(logits), *logits.shape[2:]) or valid.dtype != torch.bool:
+    if valid.shape != (logits.shape[0], *logits.shape[2:]) or valid.dtype != torch.bool:
         raise ValueError(f"valid is {tuple(valid.shape)} {valid.dtype}: wanted (B, H, W) bool, {tuple(logits.shape)} without C")
     if targets.dtype == torch.bool:
         return targets
@@ -50,7 +50,7 @@ def bce_loss(
     targets = check_pixels(logits, targets, valid)
     logits = widen(logits)
     total = binary_cross_entropy_with_logits(logits, targets.to(logits), valid[:, None].to(logits), reduction="sum")
-    n_pixels = valid.sum().clamp(min=1) if over_valid else valid.numel()
+    n_pixels = valid.sum().clamp(min=1) if over_valid else valid.shape[0] * valid.shape[1] * valid.shape[2]
     return total / (n_pixels * logits.shape[1])
 
 # %% ../nbs/30_losses.ipynb #cell-10
@@ -128,7 +128,7 @@ class LovaszHinge(Function):
 def _plain_hinge(scores: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
     "Compute what `LovaszHinge` computes in plain operations."
     errors = torch.where(targets, -scores, scores).add(1).relu().masked_fill(~valid, 0)
-    order = errors.detach().float().argsort(1, descending=True, stable=True)
+    order = errors.detach().float().argsort(dim=1, descending=True, stable=True)
     weights = lovasz_weights(targets.gather(1, order), (targets & valid).sum(1, keepdim=True))
     return (errors.gather(1, order).double() * weights).sum(1).to(scores.dtype)
 
