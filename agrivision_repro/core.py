@@ -122,3 +122,12 @@ def check_choice(name: str, got: object, allowed: tuple) -> None:
 def how_to_install(extra: str) -> str:
     "Return the commands that install this package with an extra, which is on no package index."
     return f"pip install '.[{extra}]' in the checkout, or 'agrivision_repro-{__version__}-py3-none-any.whl[{extra}]'"
+
+
+def is_recorded() -> bool:
+    "Return True while torch.export, torch.jit.trace, a transform of torch.func or forward-mode differentiation runs: no custom functions."
+    import torch  # the command must not wait for it
+
+    if torch.compiler.is_compiling():  # torch.compile understands custom functions; torch.export does not
+        return torch.compiler.is_exporting()
+    return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0

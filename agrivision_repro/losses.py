@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import binary_cross_entropy_with_logits
+
+from .core import is_recorded
 
 # %% auto #0
 __all__ = ['DICE_EPS', 'FLOAT_BITS', 'check_pixels', 'widen', 'bce_loss', 'dice_loss', 'lovasz_weights', 'sort_active',
@@ -24,7 +25,7 @@ def check_pixels(
     "Check that shapes, types and values match; raises ValueError otherwise."
     if logits.shape != targets.shape or logits.ndim != 4:
         raise ValueError(f"logits are {tuple(logits.shape)}, targets {tuple(targets.shape)}: both must be (B, C, H, W)")
-    if valid.shape != (len(logits), *logits.shape[2:]) or valid.dtype != torch.bool:
+    if valid.shape != (logits.shape[0], *logits.shape[2:]) or valid.dtype != torch.bool:
         raise ValueError(f"valid is {tuple(valid.shape)} {valid.dtype}: wanted (B, H, W) bool, {tuple(logits.shape)} without C")
     if targets.dtype == torch.bool:
         return targets
@@ -49,7 +50,7 @@ def bce_loss(
     targets = check_pixels(logits, targets, valid)
     logits = widen(logits)
     total = binary_cross_entropy_with_logits(logits, targets.to(logits), valid[:, None].to(logits), reduction="sum")
-    n_pixels = valid.sum().clamp(min=1) if over_valid else valid.numel()
+    n_pixels = valid.sum().clamp(min=1) if over_valid else valid.shape[0] * valid.shape[1] * valid.shape[2]
     return total / (n_pixels * logits.shape[1])
 
 # %% ../nbs/30_losses.ipynb #cell-10
@@ -74,13 +75,13 @@ def dice_loss(
 
 # %% ../nbs/30_losses.ipynb #cell-15
 def lovasz_weights(
-    sorted_targets: Tensor,  # labels in decreasing order of error, `(N,)` 0 or 1: all, or only the first N
-    n_present: int | Tensor,  # number of pixels with the label, P
-) -> Tensor:  # increments of the Jaccard loss, `(N,)` float64
+    sorted_targets: Tensor,  # labels in decreasing order of error, `(…, N)` 0 or 1: all, or only the first N
+    n_present: int | Tensor,  # number of pixels with the label, P, `(…, 1)`
+) -> Tensor:  # increments of the Jaccard loss, `(…, N)` float64
     "Compute the IoU lost when each pixel is added to the wrong ones (eqs 7 and 8)."
-    found = sorted_targets.cumsum(0, dtype=torch.int64)
-    union = torch.arange(1, len(found) + 1, device=found.device).sub_(found).add_(n_present)
-    absent = (n_present - found).double().div_(union - 1).nan_to_num_(1.0)  # 0/0: the first pixel of an absent class
+    missing = n_present - sorted_targets.cumsum(-1, dtype=torch.int64)
+    union = missing + torch.arange(1, missing.shape[-1] + 1, device=missing.device)
+    absent = missing.double().div_(union - 1).nan_to_num_(1.0)  # 0/0: the first pixel of an absent class
     return absent.masked_fill_(sorted_targets > 0, 1.0).div_(union)
 
 # %% ../nbs/30_losses.ipynb #cell-18
@@ -119,10 +120,17 @@ class LovaszHinge(Function):
         return torch.stack(losses).to(scores.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad[:, None], None, None
+
+# %% ../nbs/30_losses.ipynb #e1a94c36
+def _plain_hinge(scores: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+    "Compute what `LovaszHinge` computes in plain operations."
+    errors = torch.where(targets, -scores, scores).add(1).relu().masked_fill(~valid, 0)
+    order = errors.detach().float().argsort(dim=1, descending=True, stable=True)
+    weights = lovasz_weights(targets.gather(1, order), (targets & valid).sum(1, keepdim=True))
+    return (errors.gather(1, order).double() * weights).sum(1).to(scores.dtype)
 
 # %% ../nbs/30_losses.ipynb #cell-23
 def lovasz_loss(
@@ -137,7 +145,8 @@ def lovasz_loss(
         rows = (x.expand(targets.shape).flatten(2).flatten(0, 1) for x in (scores, targets, valid))
     else:
         rows = (x.movedim(1, 0).flatten(1) for x in (scores, targets, valid))
-    return LovaszHinge.apply(*rows).mean()
+    hinge = _plain_hinge if torch.compiler.is_compiling() or is_recorded() else LovaszHinge.apply
+    return hinge(*rows).mean()
 
 # %% ../nbs/30_losses.ipynb #cell-31
 class BCELoss(nn.Module):

@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics import Metric
 
+from .core import check_choice
 from .losses import check_pixels
 
 # %% auto #0
@@ -44,14 +47,17 @@ class ClassMetric(Metric):
 
     full_state_update = False
     higher_is_better = True
+    plot_lower_bound, plot_upper_bound, plot_legend_name = 0.0, 1.0, "Class"
 
     def __init__(
         self,
         n_classes: int,  # background included
         absent: float | None = None,  # score of an absent class in the mean; None leaves it out
+        average: str | None = "macro",  # what `compute` returns: the mean, or None (or "none"): one score per class, NaN if absent
     ):
         super().__init__()
-        self.n_classes, self.absent = n_classes, absent
+        check_choice("average", average, ("macro", "none", None))
+        self.n_classes, self.absent, self.average = n_classes, absent, average
 
     def add_counts(self, *names: str, size: tuple[int, ...]) -> None:
         "Declare int64 counts that start at zero and are summed over processes."
@@ -67,12 +73,16 @@ class ClassMetric(Metric):
         with self.sync_context():
             return self.scores()
 
-    def average(self, scores: Tensor) -> Tensor:  # scalar float64
+    def mean_score(self, scores: Tensor) -> Tensor:  # scalar float64
         "Average over the classes that occur; the others score `absent`."
         return scores.nanmean() if self.absent is None else scores.nan_to_num(self.absent).mean()
 
-    def compute(self) -> Tensor:  # scalar float64
-        return self.average(self.scores())
+    def compute(self) -> Tensor:  # float64, a scalar, or `(C,)` without an average
+        return self.mean_score(self.scores()) if self.average == "macro" else self.scores()
+
+    def plot(self, val: Tensor | list[Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        "Plot the result, or those that `compute` or `forward` returned."
+        return self._plot(val, ax)
 
     def baselines(self) -> Tensor:  # `(C,)` float64
         "Compute the scores of predicting background everywhere on the same pixels."
@@ -81,7 +91,7 @@ class ClassMetric(Metric):
     def background_only(self) -> Tensor:  # scalar float64
         "Return the mean score of predicting background everywhere, over all processes."
         with self.sync_context():
-            return self.average(self.baselines())
+            return self.mean_score(self.baselines())
 
 # %% ../nbs/32_metrics.ipynb #a17d9aec
 class CountingIoU(ClassMetric):
@@ -89,8 +99,8 @@ class CountingIoU(ClassMetric):
 
     n_valid: Tensor
 
-    def __init__(self, n_classes: int, absent: float | None = None):
-        super().__init__(n_classes, absent)
+    def __init__(self, n_classes: int, absent: float | None = None, average: str | None = "macro"):
+        super().__init__(n_classes, absent, average)
         self.add_counts("n_valid", size=())
 
     def counts(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,8 +155,9 @@ class MultilabelIoU(CountingIoU):
         n_classes: int,  # background included
         absent: float | None = None,  # score of an absent class in the mean; None leaves it out
         threshold: float = 0.0,  # a class is predicted where its logit is above it; 0 is a probability of one half
+        average: str | None = "macro",  # or None: one score per class
     ):
-        super().__init__(n_classes, absent)
+        super().__init__(n_classes, absent, average)
         self.threshold = threshold
         self.add_state("setting", torch.tensor(float(threshold)), dist_reduce_fx="max")  # a MetricCollection merges metrics of equal states
         self.add_counts("hits", "predicted", "present", size=(n_classes,))
@@ -212,8 +223,9 @@ class ChallengeIoU(CountingIoU):
         absent: float | None = None,  # score of an absent class in the mean; None leaves it out
         false_positives: str = "per label",  # a wrong pixel counts once per label (literal reading), or "once"
         reading: str = "argmax",  # how logits become one class per pixel; or "gated"
+        average: str | None = "macro",  # or None: one score per class
     ):
-        super().__init__(n_classes, absent)
+        super().__init__(n_classes, absent, average)
         if false_positives not in FALSE_POSITIVES:
             raise ValueError(f"false_positives is {false_positives!r}: wanted one of {', '.join(FALSE_POSITIVES)}")
         if reading not in READINGS:
@@ -264,8 +276,9 @@ class AveragePrecision(ClassMetric):
         self,
         n_classes: int,  # background included
         absent: float | None = None,  # score of an absent class in the mean; None leaves it out
+        average: str | None = "macro",  # or None: one score per class
     ):
-        super().__init__(n_classes, absent)
+        super().__init__(n_classes, absent, average)
         self.add_counts("histogram", size=(2, n_classes, N_BINS))  # pixels without and with the label, by logit
 
     def update(

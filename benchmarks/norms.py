@@ -26,11 +26,12 @@ class PlainSwitchNorm2d(SwitchNorm2d):
         means = [x.mean(dim, keepdim=True) for dim in dims]
         variances = [x.var(dim, keepdim=True) for dim in dims]
         with torch.no_grad():
-            self.running_mean.lerp_(means[2][..., 0], 1 - self.momentum)
-            self.running_var.lerp_(variances[2][..., 0], 1 - self.momentum)
+            self.BN.running_mean.lerp_(means[2].flatten(), self.BN.momentum)
+            self.BN.running_var.lerp_(variances[2].flatten(), self.BN.momentum)
         mean = sum(w * m for w, m in zip(self.mean_weight.softmax(0), means, strict=True))
         variance = sum(w * v for w, v in zip(self.var_weight.softmax(0), variances, strict=True))
-        return (x - mean) / (variance + self.eps).sqrt() * self.weight + self.bias
+        weight, bias = (parameter[:, None, None] for parameter in (self.BN.weight, self.BN.bias))
+        return (x - mean) / (variance + self.BN.eps).sqrt() * weight + bias
 
 
 class SplitInstanceBatchNorm2d(InstanceBatchNorm2d):

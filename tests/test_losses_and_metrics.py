@@ -5,10 +5,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib import pyplot as plt
 from processes import in_two_processes
 from sklearn.metrics import average_precision_score
+from torch.export import Dim, export
+from torch.func import grad, vmap
+from torch.utils.checkpoint import checkpoint
 from torchmetrics import MetricCollection
 from torchmetrics.functional.classification import multilabel_average_precision
+from torchmetrics.wrappers import ClasswiseWrapper
 
 from agrivision_repro.losses import HybridLoss, bce_loss, check_pixels, dice_loss, lovasz_loss, lovasz_weights
 from agrivision_repro.metrics import AveragePrecision, ChallengeIoU, MultilabelIoU, rank_code
@@ -118,6 +123,30 @@ def test_a_broken_model_is_not_hidden(loss):
     logits, targets, valid = draw(0, 0.3)
     logits[0, 1, valid[0]] = float("nan")
     assert loss(logits, targets, valid).isnan()
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_hybrid_loss_in_other_tools(per_image):
+    "torch.func, torch.compile, torch.export, checkpointing and second derivatives give what eager mode gives."
+    logits, targets, valid = draw(0, 0.3)
+    logits.requires_grad_()
+    loss = HybridLoss(lovasz_per_image=per_image)
+    wanted = loss(logits, targets, valid)
+    (gradient,) = torch.autograd.grad(wanted, logits, create_graph=True)
+    same = {"rtol": 1e-9, "atol": 1e-9}
+    torch.testing.assert_close(grad(loss)(logits.detach(), targets, valid), gradient.detach(), **same)
+    each = vmap(grad(lambda *pixels: loss(*(x[None] for x in pixels))))(logits.detach(), targets, valid)
+    alone = [loss(*(x[k : k + 1] for x in (logits, targets, valid))) for k in range(2)]
+    torch.testing.assert_close(each, torch.autograd.grad(sum(alone), logits)[0], **same)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)(logits, targets, valid)
+    torch.testing.assert_close(torch.autograd.grad(compiled, logits)[0], gradient.detach(), **same)
+    kept = checkpoint(loss, logits, targets, valid, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(kept, logits)[0], gradient.detach(), **same)
+    assert torch.autograd.gradgradcheck(lambda x: loss(x, targets, valid), logits)
+    sizes = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC}
+    program = export(loss, (logits, targets, valid), dynamic_shapes=(sizes, sizes, {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}))
+    for pixels in ((logits, targets, valid), draw(1, 0.3, (3, 3, 8, 7))):
+        torch.testing.assert_close(program.module()(*pixels), loss(*pixels), **same)
 
 
 def test_more_pixels_than_float32_counts():
@@ -317,3 +346,23 @@ def test_average_precision_equals_scikit_learns():
     torch.testing.assert_close(metric.per_class()[:3], torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-12)
     assert metric.per_class()[3].isnan()
     assert abs(float(metric.compute()) - sum(wanted) / 3) < 1e-12
+
+
+@every_metric
+def test_classwise_and_plot(make):
+    "torchmetrics' wrapper for one value per class, and its picture."
+    pixels = draw(0, 0.3)
+    metric = make(3, average=None)
+    named = ClasswiseWrapper(metric.clone(), labels=["background", "water", "weeds"], prefix="iou_")
+    for one in (metric, named):
+        one.update(*pixels)
+    torch.testing.assert_close(list(named.compute().values()), list(metric.per_class()), rtol=0, atol=0)
+    assert list(named.compute()) == ["iou_background", "iou_water", "iou_weeds"]
+    mean = make(3)
+    values = [mean(*pixels), mean(*draw(1, 0.3))]
+    torch.testing.assert_close(values[0], metric.compute().nanmean())
+    for figure, axes in (mean.plot(), mean.plot(values), metric.plot(), named.plot()):
+        assert axes.has_data()
+        plt.close(figure)
+    with pytest.raises(ValueError, match="average is 'micro': wanted one of macro, none, None"):
+        make(3, average="micro")

@@ -13,6 +13,7 @@ from torchvision.models.segmentation.deeplabv3 import ASPP
 
 from ..core import check_choice
 from .backbones import create_backbone
+from .norms import LeafNorm2d, check_channels
 
 # %% auto #0
 __all__ = ['ASPP_RATES', 'conv_norm_relu', 'resize', 'Decoder', 'PooledBatchNorm2d', 'make_aspp', 'DeepLabV3Plus',
@@ -67,15 +68,15 @@ class Decoder(nn.Module):
         return self.head(torch.cat([resize(context, size), *details], 1))
 
 # %% ../../nbs/24_deeplab.ipynb #cell-08
-class PooledBatchNorm2d(nn.BatchNorm2d):
+class PooledBatchNorm2d(LeafNorm2d, nn.BatchNorm2d):
     "Apply batch norm to `(B, C, 1, 1)`; a batch of one is normalized by the running statistics in training too."
 
     can_sync = True  # `sync_norms` may replace it: over several processes there is more than one value
 
-    def forward(self, x: Tensor) -> Tensor:
+    def normalize(self, x: Tensor) -> Tensor:
         if self.training and x.shape[0] == 1:
             return batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps)
-        return super().forward(x)
+        return nn.BatchNorm2d.forward(self, x)
 
 
 def make_aspp(in_channels: int, rates: tuple[int, ...], out_channels: int) -> ASPP:
@@ -114,8 +115,7 @@ class DeepLabV3Plus(nn.Module):
         self.backbone = backbone
 
     def forward(self, x: Tensor) -> Tensor:  # `(B, in_chans, H, W)` to logits `(B, n_classes, H, W)`
-        if x.ndim != 4 or x.shape[1] != self.backbone.conv1.in_channels:
-            raise ValueError(f"input is {tuple(x.shape)}: wanted (B, {self.backbone.conv1.in_channels}, H, W)")
+        check_channels(x, self.backbone.conv1.in_channels)
         net = self.backbone
         first = net.layer1(net.maxpool(net.act1(net.bn1(net.conv1(x)))))
         second = net.layer2(first)

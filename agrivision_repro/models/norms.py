@@ -11,14 +11,15 @@ from functools import partial
 import torch
 from torch import Tensor, distributed, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
+from torch.fx import Proxy
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..core import check_choice
+from ..core import check_choice, is_recorded
 
 # %% auto #0
-__all__ = ['Pool', 'STATISTICS', 'PixelMoments', 'AffineMap', 'normalize', 'pool_moments', 'SumOverProcesses', 'pool_batch',
-           'InstanceBatchNorm2d', 'batch_moments', 'SwitchNorm2d', 'blend', 'SyncedBatchNorm2d', 'sync_norms',
-           'recalibrate']
+__all__ = ['Pool', 'STATISTICS', 'TOOLS', 'LIMITS', 'PixelMoments', 'AffineMap', 'check_channels', 'normalize', 'pool_moments',
+           'SumOverProcesses', 'pool_batch', 'LeafNorm2d', 'InstanceBatchNorm2d', 'batch_moments', 'SwitchNorm2d',
+           'blend', 'SyncedBatchNorm2d', 'sync_norms', 'recalibrate']
 
 # %% ../../nbs/20_norms.ipynb #cell-06
 class PixelMoments(Function):
@@ -32,12 +33,12 @@ class PixelMoments(Function):
         return x.view_as(x), mean, variance
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, x_grad: Tensor, mean_grad: Tensor, variance_grad: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors
-        n_pixels = x.shape[2:].numel()
+        n_pixels = x.shape[2] * x.shape[3]
         slope = variance_grad * (2 / n_pixels)
         level = mean_grad / n_pixels - slope * mean
+        x_grad = x_grad.clone() if torch.is_grad_enabled() else x_grad  # enabled: to be differentiated again
         return x_grad.addcmul_(x, slope[..., None, None]).add_(level[..., None, None])
 
 # %% ../../nbs/20_norms.ipynb #cell-09
@@ -50,7 +51,6 @@ class AffineMap(Function):
         return (x * scale[..., None, None]).add_(shift[..., None, None]).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, y_grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, scale = ctx.saved_tensors
         product = y_grad * x.to(scale.dtype)
@@ -58,8 +58,25 @@ class AffineMap(Function):
         x_grad = product.copy_(y_grad).mul_(scale[..., None, None])  # in the memory of the product
         return x_grad.to(x.dtype), scale_grad, shift_grad
 
+# %% ../../nbs/20_norms.ipynb #8a4be210
+def _plain_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    "Compute what `PixelMoments` computes."
+    mean = x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+    return x, mean, (x - mean[..., None, None]).square().mean((2, 3))
+
+
+def _plain_map(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    "Compute what `AffineMap` computes."
+    return (x * scale[..., None, None] + shift[..., None, None]).to(x.dtype)
+
 # %% ../../nbs/20_norms.ipynb #cell-11
 Pool = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # mean and variance `(B, C)` to pooled ones that broadcast to `(B, C)`
+
+
+def check_channels(x: Tensor, n_channels: int) -> None:
+    "Raise ValueError if an image is not `(B, n_channels, H, W)`; symbols, which stand for shapes in a graph, are not checked."
+    if not (isinstance(x, Proxy) or torch.jit.is_tracing()) and (x.ndim != 4 or x.shape[1] != n_channels):
+        raise ValueError(f"input is {tuple(x.shape)}: wanted (B, {n_channels}, H, W)")
 
 
 def normalize(
@@ -71,12 +88,12 @@ def normalize(
     eps: float = 1e-5,  # added to the variance
 ) -> Tensor:  # like `x`
     "Normalize `x` by pooled moments of its pixels; raises ValueError if its channels do not match `weight`."
-    if x.ndim != 4 or x.shape[1] != len(weight):
-        raise ValueError(f"input is {tuple(x.shape)}: wanted (B, {len(weight)}, H, W)")
-    x, mean, variance = PixelMoments.apply(x)
+    check_channels(x, weight.shape[0])
+    moments, affine = (_plain_moments, _plain_map) if is_recorded() else (PixelMoments.apply, AffineMap.apply)
+    x, mean, variance = moments(x)
     mean, variance = pool(mean, variance)
-    scale = (weight * torch.rsqrt(variance + eps)).expand(len(x), -1)
-    return AffineMap.apply(x, scale, bias - scale * mean)
+    scale = (weight * torch.rsqrt(variance + eps)).expand(x.shape[0], -1)
+    return affine(x, scale, bias - scale * mean)
 
 # %% ../../nbs/20_norms.ipynb #cell-13
 def pool_moments(
@@ -90,38 +107,52 @@ def pool_moments(
 
 # %% ../../nbs/20_norms.ipynb #cell-22
 class SumOverProcesses(Function):
-    "Sum a tensor over all processes, and its gradient likewise."
+    "Sum a tensor over the processes of a group (None: all), and its gradient likewise."
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        total = x.clone()
-        distributed.all_reduce(total)
+    def forward(ctx, x: Tensor, group: distributed.ProcessGroup | None = None) -> Tensor:
+        total, ctx.group = x.clone(), group
+        distributed.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
-        total = grad.clone()
-        distributed.all_reduce(total)
-        return total
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return SumOverProcesses.apply(grad, ctx.group), None
 
 # %% ../../nbs/20_norms.ipynb #3afb6c46
 def pool_batch(
     mean: Tensor,  # `(B, C)`
     variance: Tensor,  # biased, `(B, C)`
     sync: bool = False,  # pool over the samples of all processes, not only this one's
+    group: distributed.ProcessGroup | None = None,  # of these processes; None: all
 ) -> tuple[Tensor, Tensor, int | Tensor]:  # mean and variance, `(1, C)` each; number of samples
     "Merge the moments of all samples of a batch; processes may have different numbers of samples."
     if not (sync and distributed.is_available() and distributed.is_initialized()):
-        return *pool_moments(mean, variance, 0), len(mean)
-    sums = SumOverProcesses.apply(torch.cat([mean.sum(0), mean.new_tensor([len(mean)])]))
+        return *pool_moments(mean, variance, 0), mean.shape[0]
+    sums = SumOverProcesses.apply(torch.cat([mean.sum(0), mean.new_tensor([mean.shape[0]])]), group)
     n_samples = sums[-1].detach()
     pooled = sums[None, :-1] / n_samples
     spread = variance + (mean - pooled.detach()).square()  # shifting the center does not change the variance: no gradient
-    return pooled, SumOverProcesses.apply(spread.sum(0))[None] / n_samples, n_samples
+    return pooled, SumOverProcesses.apply(spread.sum(0), group)[None] / n_samples, n_samples
+
+# %% ../../nbs/20_norms.ipynb #c7e2a95d
+class LeafNorm2d(nn.Module):
+    "Base class of the norms: one node in a graph of FX; TorchScript cannot compile it."
+
+    def forward(self, x: Tensor) -> Tensor:  # `(B, C, H, W)` to the same
+        if isinstance(x, Proxy):
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+        return self.normalize(x)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        "Normalize an image; defined by the subclass."
+        raise NotImplementedError
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise TypeError(f"torch.jit.script cannot compile {type(self).__name__}: use torch.export, or torch.jit.trace in evaluation mode")
 
 # %% ../../nbs/20_norms.ipynb #cell-24
-class InstanceBatchNorm2d(nn.Module):
+class InstanceBatchNorm2d(LeafNorm2d):
     "Apply IBN-a's norm: instance norm on the first half of the channels, batch norm on the rest."
 
     def __init__(
@@ -137,8 +168,8 @@ class InstanceBatchNorm2d(nn.Module):
         self.IN = nn.InstanceNorm2d(self.n_instance, affine=True)
         self.BN = nn.BatchNorm2d(num_features - self.n_instance)
 
-    def forward(self, x: Tensor) -> Tensor:  # `(B, C, H, W)` to the same
-        pool = partial(self.pool, n_pixels=x.shape[2:].numel())
+    def normalize(self, x: Tensor) -> Tensor:
+        pool = partial(self.pool, n_pixels=x.shape[2] * x.shape[3])
         weight, bias = (torch.cat([getattr(self.IN, name), getattr(self.BN, name)]) for name in ("weight", "bias"))
         return normalize(x, pool, weight, bias, eps=self.BN.eps)
 
@@ -146,38 +177,53 @@ class InstanceBatchNorm2d(nn.Module):
         "Keep the first half's moments; pool the second half's over the batch."
         batch = batch_moments(self.BN, mean[:, self.n_instance :], variance[:, self.n_instance :], n_pixels, sync=self.sync)
         mean, variance = (
-            torch.cat([own[:, : self.n_instance], pooled.expand(len(own), -1)], 1)
+            torch.cat([own[:, : self.n_instance], pooled.expand(own.shape[0], -1)], 1)
             for own, pooled in zip((mean, variance), batch, strict=True)
         )
         return mean, variance
 
 # %% ../../nbs/20_norms.ipynb #cell-26
 def batch_moments(
-    norm: nn.BatchNorm2d,  # owns the running statistics
+    norm: nn.Module,  # owns the running statistics: a batch norm, or a frozen or synchronized one that a tool put in its place
     mean: Tensor,  # `(B, C)`
-    variance: Tensor,  # biased, `(B, C)`
-    n_pixels: int,  # H·W
+    variance: Tensor,  # `(B, C)`
+    n_pixels: int | None,  # H·W; None: the variance is unbiased already
     *,
     sync: bool = False,  # pool over all processes
 ) -> tuple[Tensor, Tensor]:  # `(1, C)` each
-    "Pool over the batch and update the running statistics in training; return the running statistics in evaluation."
-    if not norm.training or (not sync and mean.shape[0] == 0):  # an empty batch has no moments
+    "Pool over the batch and update the running statistics in training; return the running statistics in evaluation or if frozen."
+    in_training, sync = norm.training and isinstance(norm, _BatchNorm), sync or isinstance(norm, nn.SyncBatchNorm)
+    if norm.running_mean is not None and (not in_training or (not sync and mean.shape[0] == 0)):  # an empty batch has no moments
         return norm.running_mean[None], norm.running_var[None]
-    pooled_mean, pooled_variance, n_samples = pool_batch(mean, variance, sync)
-    with torch.no_grad():
-        n = n_samples * n_pixels
-        unbiased = pooled_variance * n / max(n - 1, 1)
-        norm.num_batches_tracked.add_(1)
-        momentum = 1 / norm.num_batches_tracked.to(norm.running_mean) if norm.momentum is None else norm.momentum  # None: a plain average
-        norm.running_mean.lerp_(pooled_mean[0].to(norm.running_mean), momentum)
-        norm.running_var.lerp_(unbiased[0].to(norm.running_var), momentum)
-    return pooled_mean, pooled_variance
+    mean, variance, n_samples = pool_batch(mean, variance, sync, getattr(norm, "process_group", None))
+    if in_training and norm.track_running_stats:
+        n = n_samples * (n_pixels or 1)
+        _update_running(norm, mean.detach(), variance.detach() * n / max(n - 1, 1) if n_pixels else variance.detach())
+    return mean, variance
+
+
+def _update_running(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:  # `(1, C)` each, unbiased
+    "Move the running statistics toward those of a batch."
+    norm.num_batches_tracked.add_(1)
+    momentum = 1 / norm.num_batches_tracked.to(norm.running_mean) if norm.momentum is None else norm.momentum  # None: a plain average
+    norm.running_mean.lerp_(mean[0].to(norm.running_mean), momentum)
+    norm.running_var.lerp_(variance[0].to(norm.running_var), momentum)
 
 # %% ../../nbs/20_norms.ipynb #cell-29
 STATISTICS = {"in+ln+bn": 3, "in+bn": 2}  # moments that SwitchNorm2d blends → number of softmax weights
+_PUBLIC_SHAPES = {"weight": (1, -1, 1, 1), "bias": (1, -1, 1, 1), "running_mean": (1, -1, 1), "running_var": (1, -1, 1)}
 
 
-class SwitchNorm2d(nn.Module):
+class _ZeroBatchNorm2d(nn.BatchNorm2d):
+    "Batch norm whose running variance starts at zero, as in the public SN."
+
+    def reset_running_stats(self) -> None:
+        super().reset_running_stats()
+        if self.track_running_stats:
+            self.running_var.zero_()
+
+
+class SwitchNorm2d(LeafNorm2d):
     "Normalize by a learned blend of instance, layer and batch moments (Luo et al. 2019)."
 
     def __init__(
@@ -186,39 +232,46 @@ class SwitchNorm2d(nn.Module):
         eps: float = 1e-5,  # added to the variance
         *,
         statistics: str = "in+ln+bn",  # a key of `STATISTICS`: the authors' code; "in+bn" is the paper's wording
-        momentum: float = 0.9,  # weight of the *old* running statistics, as in the public SN
+        momentum: float = 0.9,  # weight of the *old* running statistics, as in the public SN; `BN.momentum` is that of the new ones
         sync: bool = False,  # pool batch moments over all processes
     ):
         super().__init__()
         check_choice("statistics", statistics, tuple(STATISTICS))
-        self.statistics, self.eps, self.momentum, self.sync = statistics, eps, momentum, sync
-        self.weight = nn.Parameter(torch.ones(1, num_features, 1, 1))
-        self.bias = nn.Parameter(torch.zeros(1, num_features, 1, 1))
+        self.num_features, self.statistics, self.sync = num_features, statistics, sync
+        self.BN = _ZeroBatchNorm2d(num_features, eps, 1 - momentum)
         self.mean_weight = nn.Parameter(torch.ones(STATISTICS[statistics]))
         self.var_weight = nn.Parameter(torch.ones(STATISTICS[statistics]))
-        self.register_buffer("running_mean", torch.zeros(1, num_features, 1))
-        self.register_buffer("running_var", torch.zeros(1, num_features, 1))
+        self.register_state_dict_post_hook(_save_public)
+        self.register_load_state_dict_pre_hook(_load_public)
 
-    def forward(self, x: Tensor) -> Tensor:  # `(B, C, H, W)` to the same
-        pool = partial(self.pool, n_pixels=x.shape[2:].numel())
-        return normalize(x, pool, self.weight.flatten(), self.bias.flatten(), eps=self.eps)
+    def normalize(self, x: Tensor) -> Tensor:
+        pool = partial(self.pool, n_pixels=x.shape[2] * x.shape[3])
+        return normalize(x, pool, self.BN.weight, self.BN.bias, eps=self.BN.eps)
 
     def pool(self, mean: Tensor, variance: Tensor, n_pixels: int) -> tuple[Tensor, Tensor]:  # `(B, C)` each
         "Blend the instance, layer and batch moments."
         variance = variance * (n_pixels / max(n_pixels - 1, 1))  # unbiased; one pixel has no spread: 0, not 0/0
         layer = [pool_moments(mean, variance, 1)] if self.statistics == "in+ln+bn" else []
-        means, variances = zip((mean, variance), *layer, self.batch_moments(mean, variance), strict=True)
+        batch = batch_moments(self.BN, mean, variance, None, sync=self.sync)
+        means, variances = zip((mean, variance), *layer, batch, strict=True)
         return blend(self.mean_weight, means), blend(self.var_weight, variances)
 
-    def batch_moments(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:  # `(1, C)` each
-        "Pool over the batch and update the running statistics in training; return the running statistics in evaluation."
-        if not self.training or (not self.sync and mean.shape[0] == 0):  # an empty batch has no moments
-            return self.running_mean[..., 0], self.running_var[..., 0]
-        mean, variance, _ = pool_batch(mean, variance, self.sync)
-        with torch.no_grad():
-            for running, new in ((self.running_mean, mean), (self.running_var, variance)):
-                running.lerp_(new.unsqueeze(-1).to(running), 1 - self.momentum)
-        return mean, variance
+# %% ../../nbs/20_norms.ipynb #3e91b07f
+def _save_public(norm: SwitchNorm2d, state: dict, prefix: str, _metadata: dict) -> None:
+    "Save `BN.weight` as `weight`, `(1, C, 1, 1)`, and so on; the public SN counts no batches."
+    state.pop(f"{prefix}BN.num_batches_tracked", None)
+    for key, shape in _PUBLIC_SHAPES.items():
+        if (value := state.pop(f"{prefix}BN.{key}", None)) is not None:
+            state[prefix + key] = value if isinstance(value, nn.Parameter) else value.view(shape)  # keep_vars asks for the parameter itself
+
+
+def _load_public(norm: SwitchNorm2d, state: dict, prefix: str, *_rest: object) -> None:
+    "Load `weight` into `BN.weight`, and so on."
+    for key in _PUBLIC_SHAPES:
+        if prefix + key in state:
+            state[f"{prefix}BN.{key}"] = state.pop(prefix + key).flatten()
+    if isinstance(norm.BN, _BatchNorm) and norm.BN.track_running_stats:
+        state.setdefault(f"{prefix}BN.num_batches_tracked", norm.BN.num_batches_tracked)
 
 # %% ../../nbs/20_norms.ipynb #cell-30
 def blend(
@@ -229,13 +282,13 @@ def blend(
     return sum(w * m for w, m in zip(importance.softmax(0), moments, strict=True))
 
 # %% ../../nbs/20_norms.ipynb #cell-32
-class SyncedBatchNorm2d(nn.BatchNorm2d):
+class SyncedBatchNorm2d(LeafNorm2d, nn.BatchNorm2d):
     "Apply batch norm with moments pooled over all processes."
 
-    def forward(self, x: Tensor) -> Tensor:  # `(B, C, H, W)` to the same
+    def normalize(self, x: Tensor) -> Tensor:
         if not self.training:
-            return super().forward(x)
-        pool = partial(batch_moments, self, n_pixels=x.shape[2:].numel(), sync=True)
+            return nn.BatchNorm2d.forward(self, x)
+        pool = partial(batch_moments, self, n_pixels=x.shape[2] * x.shape[3], sync=True)
         return normalize(x, pool, self.weight, self.bias, eps=self.eps)
 
 # %% ../../nbs/20_norms.ipynb #aede6699
@@ -261,7 +314,7 @@ def recalibrate(
     batches: Iterable[Tensor],  # inputs of the model, `(B, C, H, W)`, at least one
 ) -> int:  # batches read
     "Estimate the running statistics of all norms as averages over batches; raises ValueError if there are none."
-    norms = [m for m in model.modules() if getattr(m, "running_mean", None) is not None]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     modes, momenta, n = {m: m.training for m in model.modules()}, [m.momentum for m in norms], 0
     model.eval()
     for norm in norms:
@@ -269,7 +322,7 @@ def recalibrate(
     try:
         for n, x in enumerate(batches, 1):
             for norm in norms:
-                norm.momentum = 1 - 1 / n if isinstance(norm, SwitchNorm2d) else 1 / n  # SwitchNorm's weighs the old statistics
+                norm.momentum = 1 / n
             model(x)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
@@ -279,3 +332,33 @@ def recalibrate(
     if not n:
         raise ValueError("batches is empty: wanted at least one input to estimate the statistics from")
     return n
+
+# %% ../../nbs/20_norms.ipynb #d94c7e15
+TOOLS = {  # tool → what the test of its row calls
+    "train, eval, freeze": "train(), eval(), timm.utils.freeze and unfreeze",
+    "stochastic weight averaging": "torch.optim.swa_utils.update_bn",
+    "moving average of weights": "AveragedModel, timm.utils.ModelEmaV3",
+    "several processes": "nn.SyncBatchNorm.convert_sync_batchnorm, two processes on CPUs",
+    "empty batch": "a batch of no image in training",
+    "weight decay": "timm.optim.param_groups_weight_decay: no norm's weight is decayed",
+    "copies": "copy.deepcopy, pickle",
+    "torch.func": "functional_call, grad, vmap and jvp in evaluation mode",
+    "second derivatives": "torch.autograd.gradgradcheck in training and evaluation mode",
+    "FX": "torchvision's create_feature_extractor",
+    "torch.jit.trace": "in evaluation mode; other sizes than traced",
+    "torch.jit.script": "in evaluation mode",
+    "torch.export": "dynamic batch, height and width",
+    "ONNX": "torch.onnx.export(dynamo=True), dynamic batch, height and width, run by onnxruntime",
+    "channels_last": "same result, same layout",
+    "half precision": "bfloat16 weights; autocast",
+    "checkpointing": "torch.utils.checkpoint: same gradients",
+    "torch.compile": "fullgraph=True, training and evaluation mode",
+}
+
+# %% ../../nbs/20_norms.ipynb #f38a02c9
+_NO_SCRIPT = "The norms choose their operations while they run, which TorchScript cannot compile: use torch.export or torch.jit.trace."
+LIMITS = {  # (tool, norm) → why not
+    ("several processes", "BatchNorm2d"): "nn.SyncBatchNorm runs on GPUs only: use `sync_norms`, which pools on CPUs too.",
+    ("torch.jit.script", "InstanceBatchNorm2d"): _NO_SCRIPT,
+    ("torch.jit.script", "SwitchNorm2d"): _NO_SCRIPT,
+}

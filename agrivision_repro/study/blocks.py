@@ -55,7 +55,7 @@ def describe(module: nn.Module) -> tuple[str, str, int]:  # kind, label, channel
         first, second = module.IN.num_features, module.BN.num_features
         return "IN+BN", f"IN {first} | BN {second}", first + second
     if isinstance(module, SwitchNorm2d):
-        return "SwitchNorm", f"SwitchNorm {module.weight.numel()}", module.weight.numel()
+        return "SwitchNorm", f"SwitchNorm {module.num_features}", module.num_features
     if isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d)):
         kind = "BN" if isinstance(module, nn.BatchNorm2d) else "IN"
         return kind, f"{kind} {module.num_features}", module.num_features
