@@ -82,7 +82,7 @@ class ClassMetric(Metric):
     def compute(self) -> Tensor:  # float64, a scalar, or `(C,)` without an average
         return self.mean_score(self.scores()) if self.average == "macro" else self.scores()
 
-    def plot(self, val: Tensor | list[Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure, Any]:  # the second: axes, or an array of them
+    def plot(self, val: Tensor | list[Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure, Any]:  # axes, or an array of them
         "Plot the result, or those that `compute` or `forward` returned."
         return self._plot(val, ax)
 
