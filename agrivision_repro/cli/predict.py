@@ -63,6 +63,22 @@ def predict(
         _write_zip(out / "labels", submission, wanted or sizes)
 
 
+def export(
+    run: Annotated[str, typer.Argument(help="A finished run: the first digits of its id.")],
+    file: Annotated[Path, typer.Argument(help="The file to write: NAME.pt2 (torch.export) or NAME.onnx.")],
+    checkpoint: Annotated[str, typer.Option(help="last, or best on the validation tiles.")] = "last",
+    results: _ResultsFolder = Path("out"),
+):
+    "Write a trained model as one file, from bytes to logits, and compare it with the model."
+    from agrivision_repro.predict.export import export_model
+    from agrivision_repro.runs.store import find_run
+
+    result = find_run(results, run).result()
+    worst = export_model(result, file, checkpoint)
+    classes = ", ".join(result.run.edition.classes)
+    print(f"{file}: {result.run.title}; R, G, B, NIR bytes (B, 4, H, W) to logits of {classes}; differs from the model by at most {worst:.1g}")
+
+
 def _plan_maps(
     result: Result,
     options: dict,  # of `windows.load_predictor`
