@@ -64,6 +64,6 @@ def _compare(made: Path, kept: Path) -> list[str]:  # empty: equal
     lines = []
     for column in a:
         is_number = a[column].dtype.kind in "if" and b[column].dtype.kind in "if"
-        equal = np.isclose(a[column], b[column], rtol=1e-9, atol=1e-9, equal_nan=True) if is_number else (a[column].astype(str) == b[column].astype(str)).to_numpy()
+        equal = np.isclose(a[column], b[column], rtol=1e-9, atol=1e-9, equal_nan=True) if is_number else (a[column].fillna("").astype(str) == b[column].fillna("").astype(str)).to_numpy()
         lines += [f"row {k}, {column}: {a[column][k]}, was {b[column][k]}" for k in np.flatnonzero(~equal)[:3]]
     return lines

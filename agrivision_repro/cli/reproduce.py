@@ -181,7 +181,8 @@ def reproduce(
     if scale == "paper" and not ray:
         _check_can_run(runs, workspace)
     _warn_of_replacing(parameters, workspace.report)
-    _announce(runs, workspace)
+    if not ray:
+        _announce(runs, workspace)
     failures = _train_all(runs, workspace, ray, at_once)
     results = {name: [] if name in failures else workspace.results(runs[name]) for name in names}
     failures |= run_notebooks({name: own for name, own in parameters.items() if name not in failures}, results, workspace.report)

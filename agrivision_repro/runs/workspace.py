@@ -145,8 +145,8 @@ class Workspace:
 
     def fields(self, run: Run) -> list[str]:
         "List the place of each tile that a Run is scored on; the tile itself if its name does not identify a place."
-        if (name := self.folder(run).name) in self.known()["places"]:
-            return self.known()["places"][name]
+        if (places := self.known()["places"]) and (name := self.folder(run).name) in places:
+            return places[name]
         fields = self.open(run.source, "val").fields
         return [fields[k] for k in thin_out(self.kept(run, "val"), run.recipe.max_val_tiles)]
 

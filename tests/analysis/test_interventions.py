@@ -41,7 +41,7 @@ def test_adapted_statistics_are_averages_of_the_batches(name):
         var = [m.var((2, 3)).mean(0) + m.mean((2, 3)).var(0, correction=0) for m in maps]
     else:
         var = [m.movedim(1, 0).flatten(1).var(1) for m in maps]
-    owner, part = (adapted.BN, slice(2, None)) if name == "ibn_a" else (adapted, slice(None))
+    owner, part = (adapted.BN, slice(2, None)) if name == "ibn_a" else (getattr(adapted, "BN", adapted), slice(None))
     assert torch.allclose(owner.running_mean.flatten(), mean[part], atol=1e-5)
     assert torch.allclose(owner.running_var.flatten(), torch.stack(var).mean(0)[part], rtol=1e-4)
 
@@ -131,9 +131,9 @@ def test_frozen_switches_stay_frozen_in_training():
 
 def test_switches_to_batch_statistics_are_batch_norm():
     norm, x = SwitchNorm2d(3).eval(), torch.randn(2, 3, 5, 5)
-    norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
+    norm.BN.running_mean.normal_(), norm.BN.running_var.uniform_(0.5, 2)
     plain = nn.BatchNorm2d(3).eval()
-    plain.running_mean.copy_(norm.running_mean.flatten()), plain.running_var.copy_(norm.running_var.flatten())
+    plain.running_mean.copy_(norm.BN.running_mean), plain.running_var.copy_(norm.BN.running_var)
     assert torch.allclose(iv.freeze_switches(nn.Sequential(norm), "bn")(x), plain(x), atol=1e-5)
 
 

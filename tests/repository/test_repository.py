@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from agrivision_repro.models.backbones import NORMS
+
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = sorted(".".join(p.relative_to(ROOT).with_suffix("").parts) for p in (ROOT / "agrivision_repro").rglob("[!_]*.py"))
 EXTRAS = "notebooks,cluster,geo,dev"
@@ -152,7 +154,7 @@ def test_wheel_asks_for_no_notebooks(wheel):
     assert {"torch", "timm", "typer"} <= names
     assert not names & {"papermill", "ipykernel", "ipywidgets", "nbconvert", "nbformat", "jupyterlab", "nbdev", "ray", "rasterio"}
     extras = set(re.findall(r"^Provides-Extra: (\S+)$", metadata, re.MULTILINE))
-    assert extras == set(EXTRAS.split(","))
+    assert extras == {*EXTRAS.split(","), "onnx"}
 
 
 def test_sdist_builds_the_same_wheel(wheel, tmp_path):
@@ -207,7 +209,7 @@ def test_the_gpu_check_runs(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "gpu.json").read_text())
-    assert report["failed"] == [] and len(report["parity"]) == 12
+    assert report["failed"] == [] and len(report["parity"]) == 8 + len(NORMS)
     assert report["training"]["float32"]["tiles/s"] > 0 and report["machine"]["precision"]
 
 

@@ -214,12 +214,12 @@ def test_frozen_switches_stay_frozen(order):
     trainer = make_trainer(f"switches({order})", "rgb", "ibn_s")
     wanted = switch_shares(order, sum(isinstance(m, SwitchNorm2d) for m in trainer.model.modules()), seed=0)
     torch.testing.assert_close(wanted.sum(1), torch.ones(len(wanted)))
-    before = trainer.model.backbone.layer1[0].bn1.weight.clone()
+    before = trainer.model.backbone.layer1[0].bn1.BN.weight.clone()
     fit(trainer, TileDataset(make_tiles(), "rgb", 2), Path("unused"), save_every=10**9)
     for norm, shares in zip((m for m in trainer.model.modules() if isinstance(m, SwitchNorm2d)), wanted, strict=True):
         torch.testing.assert_close(norm.mean_weight.softmax(0), shares)
         assert torch.equal(norm.mean_weight, norm.var_weight) and torch.equal(norm.mean_weight.softmax(0) == 0, shares == 0)
-    assert not torch.equal(trainer.model.backbone.layer1[0].bn1.weight, before)
+    assert not torch.equal(trainer.model.backbone.layer1[0].bn1.BN.weight, before)
     if order == "shuffled":
         assert torch.equal(wanted.sort(0).values, switch_shares("ordered", len(wanted), 0).sort(0).values)
         assert not torch.equal(wanted, switch_shares("shuffled", len(wanted), 1))
