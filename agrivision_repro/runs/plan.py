@@ -278,7 +278,8 @@ def _format_row(row: dict) -> list[str]:
     "Format a Run of a plan: its time and name, and below them state, cost and tables."
     cost = [f"{row['iterations']:,} iterations", f"{row['GMACs']:,.3g} GMACs", f"{row['tiles/s']:,.3g} tiles/s ({row['by']})"]
     details = ", ".join([row["state"], *cost] if row["state"] != "finished" else [row["state"]])
-    tables = ", ".join(name.split("_")[0] for name in row["tables"].split(", "))
+    names = [name.split("_")[0] for name in row["tables"].split(", ")]
+    tables = ", ".join(name for name in names if name != "claims" or len(names) == 1)  # the claims use all runs
     return [*_wrap(f"{_format_hours(row['hours']):>8}  {row['run']}", 10), *_wrap(f"    {details}; {tables}", 4)]
 
 
