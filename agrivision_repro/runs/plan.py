@@ -248,7 +248,7 @@ class Plan:
         return makespan(self.table.hours.tolist(), n_devices)
 
     def in_one_line(self) -> str:
-        "Say how many Runs are left and how long they take on this device."
+        "Return in one line how many Runs are left and how long they take on this device."
         n_open = int((self.table.state != "finished").sum())
         return f"{len(self.table)} runs, {len(self.table) - n_open} finished; the others take about {_format_hours(self.hours())} on this machine"
 

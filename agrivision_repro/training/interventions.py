@@ -101,7 +101,7 @@ class ModalityDropout(Intervention):
 
 
 class MatchedNIR(Intervention):
-    "Give NIR the histogram of red by a monotone map of its values, fitted on the training tiles and used in scoring too."
+    "Match the histogram of NIR to that of red by a monotone map of its values, fitted on the training tiles and used in scoring too."
 
     example, inputs = "match_nir", ("rgbn",)
 
@@ -247,7 +247,7 @@ def mix_statistics(
     partners: Tensor,  # another sample for each, `(B,)` int64
     eps: float = 1e-6,  # added to the variance
 ) -> Tensor:  # like `y`
-    "Give each sample a mixture of its own channel means and deviations and its partner's, without a gradient through them."
+    "Mix the channel means and deviations of each sample with its partner's, without a gradient through them."
     with torch.no_grad():
         variance, mean = torch.var_mean(y.to(torch.promote_types(y.dtype, torch.float32)), (2, 3), correction=0)
         std = (variance + eps).sqrt()
