@@ -12,12 +12,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "THIRD_PARTY_LICENSES.md"
-RUN_TIME = ("requirements", "notebooks_requirements", "cluster_requirements", "geo_requirements")
+RUN_TIME = ("requirements", "notebooks_requirements", "cluster_requirements", "geo_requirements", "onnx_requirements")
 BEGIN, END = "<!-- begin: tools/list_licenses.py -->", "<!-- end -->"
 
 
 def list_dependencies(root: Path = ROOT) -> list[str]:
-    "List the run-time requirements in settings.ini, including the extras `notebooks`, `cluster` and `geo`."
+    "List the run-time requirements in settings.ini, including the extras `notebooks`, `cluster`, `geo` and `onnx`."
     parser = ConfigParser(delimiters=["="])
     parser.read(root / "settings.ini", encoding="utf-8")
     asked = [word for key in RUN_TIME for word in shlex.split(parser["DEFAULT"][key])]

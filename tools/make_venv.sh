@@ -20,7 +20,7 @@ if ! "$found" -c 'import venv, ensurepip' 2>/dev/null; then
 fi
 "$folder/bin/python" -c "$is_new_enough" 2>/dev/null || "$found" -m venv --clear "$folder" || exit 1
 echo "Installing into $folder ($("$folder/bin/python" --version)): several gigabytes the first time, mostly torch."
-if ! "$folder/bin/python" -m pip install -q ${PIP_ARGS:-} -c constraints.txt -e '.[notebooks,cluster,geo,dev]'; then
+if ! "$folder/bin/python" -m pip install -q ${PIP_ARGS:-} -c constraints.txt -e '.[notebooks,cluster,geo,onnx,dev]'; then
     echo "pip could not install the packages: see its message above; the usual causes are no network or a full disk." >&2
     exit 1
 fi

@@ -18,7 +18,7 @@ from agrivision_repro.models.backbones import NORMS
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = sorted(".".join(p.relative_to(ROOT).with_suffix("").parts) for p in (ROOT / "agrivision_repro").rglob("[!_]*.py"))
-EXTRAS = "notebooks,cluster,geo,dev"
+EXTRAS = "notebooks,cluster,geo,onnx,dev"
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_wheel_asks_for_no_notebooks(wheel):
     assert {"torch", "timm", "typer"} <= names
     assert not names & {"papermill", "ipykernel", "ipywidgets", "nbconvert", "nbformat", "jupyterlab", "nbdev", "ray", "rasterio"}
     extras = set(re.findall(r"^Provides-Extra: (\S+)$", metadata, re.MULTILINE))
-    assert extras == {*EXTRAS.split(","), "onnx"}
+    assert extras == {*EXTRAS.split(",")}
 
 
 def test_sdist_builds_the_same_wheel(wheel, tmp_path):
