@@ -20,8 +20,8 @@ from .divergence import draw_weights
 # %% auto #0
 __all__ = ['WEIGHTS_AT_ONCE', 'LEVEL', 'POWER', 'AGREES', 'DISAGREES', 'NO_EFFECT', 'UNDECIDED', 'NOT_JUDGED', 'MIN_SEEDS',
            'RATIO_MARGIN', 'resample_iou', 'gains', 'stack_seeds', 'sum_groups', 'Comparison', 'paired_bootstrap',
-           'draw_differences', 'Effect', 'combine', 'draw_fields', 'paired_effect', 'judge', 'format_points',
-           'format_factor', 'log_ratio', 'depth_contrast', 'holm', 'judge_all', 'simulate_nets']
+           'draw_differences', 'Effect', 'combine', 'draw_fields', 'contrast_effect', 'paired_effect', 'judge',
+           'format_points', 'format_factor', 'log_ratio', 'depth_contrast', 'holm', 'judge_all', 'simulate_nets']
 
 # %% ../../nbs/34_significance.ipynb #cell-05
 WEIGHTS_AT_ONCE = 2**20  # 8 MB in float64 for any number of tiles
@@ -207,28 +207,38 @@ def draw_fields(
     raise ValueError(f"{left} of {n_resamples} resamples still lack a class after {tries} tries: it is in too few of the {n} fields")
 
 # %% ../../nbs/34_significance.ipynb #0b16f380
-def paired_effect(
-    a: Sequence,  # intersection and union, pixels, one `(N, C, 2)` per seed
-    b: Sequence,  # of the same tiles, its seeds in the same order
+def contrast_effect(
+    nets: Sequence[Sequence],  # per net intersection and union, pixels, one `(N, C, 2)` per seed; all of the same tiles and seeds
+    weights: Sequence[float],  # of each net's mIoU
     groups: Sequence | None = None,  # the field of each tile, N names; None: every tile is its own
     n_resamples: int = 1_000,
     seed: int = 0,  # of the drawing
 ) -> Effect:  # points of mIoU
-    "Estimate what `b` gains over `a`."
-    ours, theirs = stack_seeds(b, "b"), stack_seeds(a, "a")
-    if ours.shape != theirs.shape:
-        shapes = f"a has counts of {tuple(theirs.shape)}, b of {tuple(ours.shape)}"
-        raise ValueError(f"{shapes}: both must have the same seeds, tiles and classes")
-    counts = sum_groups(torch.cat([theirs, ours]), groups).numpy()
+    "Estimate a weighted sum of the mIoU of nets, paired by seed and field."
+    stacks = [stack_seeds(net, chr(ord("a") + k)) for k, net in enumerate(nets)]
+    if len({stack.shape for stack in stacks}) != 1:
+        shapes = ", ".join(f"{chr(ord('a') + k)} has counts of {tuple(stack.shape)}" for k, stack in enumerate(stacks))
+        raise ValueError(f"{shapes}: all must have the same seeds, tiles and classes")
+    counts = sum_groups(torch.cat(stacks), groups).numpy()
     classes = (counts.sum(0)[..., 1] > 0).all(0)
 
-    def gains(sums: np.ndarray) -> np.ndarray:  # `(…, 2S, C, 2)` to `(…, S)`
+    def contrast(sums: np.ndarray) -> np.ndarray:  # `(…, nets · S, C, 2)` to `(…, S)`
         iou = 100 * (sums[..., 0] / sums[..., 1]).mean(-1)
-        return iou[..., len(ours) :] - iou[..., : len(ours)]
+        return sum(weight * own for weight, own in zip(weights, np.split(iou, len(stacks), -1), strict=True))
 
-    drawn = gains(draw_fields(counts[:, :, classes], n_resamples, np.random.default_rng(seed))).mean(-1)
-    n_fields = len(counts)
-    return combine(gains(counts.sum(0)[:, classes]), float(drawn.var(ddof=1)) * n_fields / (n_fields - 1), n_fields)
+    drawn, n = contrast(draw_fields(counts[:, :, classes], n_resamples, np.random.default_rng(seed))).mean(-1), len(counts)
+    return combine(contrast(counts.sum(0)[:, classes]), float(drawn.var(ddof=1)) * n / (n - 1), n)
+
+
+def paired_effect(
+    a: Sequence,  # intersection and union, pixels, one `(N, C, 2)` per seed
+    b: Sequence,  # of the same tiles, its seeds in the same order
+    groups: Sequence | None = None,  # as in `contrast_effect`, as are the others
+    n_resamples: int = 1_000,
+    seed: int = 0,
+) -> Effect:  # points of mIoU
+    "Estimate what `b` gains over `a`."
+    return contrast_effect((a, b), (-1, 1), groups, n_resamples, seed)
 
 # %% ../../nbs/34_significance.ipynb #6cea984d
 AGREES, DISAGREES, NO_EFFECT, UNDECIDED, NOT_JUDGED = "agrees", "disagrees", "no effect of a point or more", "undecided", "not judged"

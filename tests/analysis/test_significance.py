@@ -68,7 +68,7 @@ def test_few_seeds_and_other_shapes_are_refused():
     a, b = simulate_nets(np.random.default_rng(0), 2, 12)
     assert judge(paired_effect(a, b + np.array([30, 0]))) == NOT_JUDGED
     assert judge_all({"x": paired_effect(a, b)}) == NOT_JUDGED
-    with pytest.raises(ValueError, match="both must have the same seeds, tiles and classes"):
+    with pytest.raises(ValueError, match="all must have the same seeds, tiles and classes"):
         paired_effect(a, b[:1])
     with pytest.raises(ValueError, match="wanted finite differences"):
         combine([1.0, float("nan")])
