@@ -19,7 +19,7 @@ from agrivision_repro.data.editions import find_edition
 from agrivision_repro.runs.logs import read_logs, tidy_runs, write_log
 from agrivision_repro.runs.store import Result
 from agrivision_repro.runs.workspace import Workspace
-from agrivision_repro.study.tables import TABLES, check_seeds
+from agrivision_repro.study.tables import ON_REQUEST, TABLES, check_seeds
 
 
 def tell_about(results: list[Result], args: argparse.Namespace, tables: list[str]) -> dict:
@@ -67,7 +67,8 @@ def main() -> None:
     parser.add_argument("--report", default="", help="folder of tables, figures and notebooks, if not OUT")
     parser.add_argument("--results", type=Path, default=Path(__file__).resolve().parent.parent / "results")
     args = parser.parse_args()
-    workspace, folder, tables = Workspace(args.out, args.data_root, "cpu"), args.results / args.name, args.tables or list(TABLES)
+    workspace, folder = Workspace(args.out, args.data_root, "cpu"), args.results / args.name
+    tables = args.tables or [table for table in TABLES if table not in ON_REQUEST]
     runs = dict.fromkeys(run for table in tables for run in (TABLES[table](args.scale, args.data, args.seeds) if TABLES[table]() else []))
     results = [result for run in runs if (result := workspace.finished(run)) is not None]
     if len(results) < len(runs):

@@ -224,7 +224,7 @@ def contrast_effect(
 
     def contrast(sums: np.ndarray) -> np.ndarray:  # `(…, nets · S, C, 2)` to `(…, S)`
         iou = 100 * (sums[..., 0] / sums[..., 1]).mean(-1)
-        return sum(weight * own for weight, own in zip(weights, np.split(iou, len(stacks), -1), strict=True))
+        return np.tensordot(weights, np.stack(np.split(iou, len(stacks), -1)), 1)
 
     drawn, n = contrast(draw_fields(counts[:, :, classes], n_resamples, np.random.default_rng(seed))).mean(-1), len(counts)
     return combine(contrast(counts.sum(0)[:, classes]), float(drawn.var(ddof=1)) * n / (n - 1), n)

@@ -198,6 +198,31 @@ def section7_relation(scores: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]
     return pd.DataFrame(rows, columns=columns), pd.DataFrame(cells).T
 
 
+def state_answer(
+    scores: pd.DataFrame,  # of `section7_scores`
+    recovery: pd.DataFrame,  # of `section7_recovery`
+    relation: pd.DataFrame,  # the first table of `section7_relation`
+) -> str:
+    "State in three sentences what the arms say of a causal effect of the divergence."
+    if (recovery.verdict == NOT_JUDGED).all():
+        return "With fewer than three seeds nothing is judged."
+    matched, turned = recovery[recovery.experiment.isin(["E1", "E2"])], recovery[recovery.experiment == "E9"]
+    resnets = scores[(scores.norm == "bn") & (scores.tested_on == "other")]
+    logs = np.log(resnets.divergence).groupby([resnets.trained_on, resnets.arm]).mean().unstack()
+    lowest = float(np.exp(logs[list(dict.fromkeys(matched.arm))].sub(logs[AS_IT_IS], axis=0).min().min()))
+    observed = relation[relation.quantity == "observed"].verdict
+    gains, explained = (observed != NO_GAIN).sum(), (observed == AGREES).sum()
+    helped, hurt = ((matched.verdict == v).sum() for v in (AGREES, DISAGREES))
+    return (
+        f"Matching the statistics of the two modalities lowers ResNet's divergence by factors down to ×{lowest:.2g}, recovers part of the decay in "
+        f"{helped} of {len(matched)} comparisons and makes it worse in {hurt}. "
+        f"Turning the contrast round and matching mean and standard deviation recovers part of it in {(turned.verdict == AGREES).sum()} of "
+        f"{len(turned)} nets ({turned.gain.min():+.1f} to {turned.gain.max():+.1f} points). "
+        f"An IBN-Net scores higher than ResNet on the other modality in {gains} of {len(observed)} comparisons; "
+        + (f"its lower divergence accounts for that in {explained}." if gains else "there is no gain that lower divergence could explain.")
+    )
+
+
 def _format_number(effect: Effect) -> str:
     "Format an effect with two decimals and its interval."
     low, high = effect.interval()

@@ -1,5 +1,7 @@
 "Section 7: scores in the arms are those of the runs, effects are those worked out by hand, and nothing is done twice."
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,7 +10,7 @@ from agrivision_repro.analysis.significance import AGREES, DISAGREES, NOT_JUDGED
 from agrivision_repro.core import read_json, write_json
 from agrivision_repro.runs.run import plan_run
 from agrivision_repro.runs.workspace import Workspace
-from agrivision_repro.study import section7, section7_report
+from agrivision_repro.study import section7, section7_report, section7_trained, tables
 from agrivision_repro.study.figures import reduce_curve, run_divergence
 from agrivision_repro.study.section7 import ARMS, AS_IT_IS, CHANGED
 
@@ -121,3 +123,44 @@ def test_mediation_compares_the_predicted_gain_with_the_observed():
     assert section7_report.judge_mediation(section7_report.relate(make_scores(0.0, 5.0))["rgb", "ibn_s"]) == DISAGREES
     assert section7_report.judge_mediation(section7_report.relate(make_scores(-2.0, -10.0))["rgb", "ibn_s"]) == section7_report.NO_GAIN
     assert section7_report.judge_mediation(effects["rgb", "bn"]) == NOT_JUDGED
+
+
+def test_the_answer_counts_verdicts():
+    scores = make_scores(slope=0.0, gain=0.0)
+    relation = section7_report.section7_relation(scores)[0]
+    rows = [("E1", AGREES, 2.0), ("E2", UNDECIDED, 0.5), ("E2", DISAGREES, -2.0), ("E9", AGREES, 4.0), ("E9", UNDECIDED, 6.5)]
+    recovery = pd.DataFrame(rows, columns=["experiment", "verdict", "gain"])
+    recovery["arm"] = ["AdaBN", "histogram", "mean and std", "inverted", "inverted"]
+    answer = section7_report.state_answer(scores, recovery, relation)
+    assert "factors down to ×0.062, recovers" in answer  # 0.5 ** 4, the histogram
+    assert "part of the decay in 1 of 3 comparisons and makes it worse in 1." in answer
+    assert "part of it in 1 of 2 nets (+4.0 to +6.5 points)" in answer and answer.endswith("no gain that lower divergence could explain.")
+    gains = section7_report.section7_relation(make_scores(slope=-2.0, gain=0.0))[0]
+    assert "in 1 of 1 comparisons; its lower divergence accounts for that in 1." in section7_report.state_answer(scores, recovery, gains)
+    assert "not" in section7_report.state_answer(scores, recovery.assign(verdict=NOT_JUDGED), relation)
+
+
+def test_every_trained_arm_is_compared():
+    planned = {section7_trained.Trained.of(run) for run in tables.section7_trained()}
+    assert planned == {arm for contrast in section7_trained.CONTRASTS for arm in contrast.weights}
+    assert all(np.isclose(sum(contrast.weights.values()), 0) for contrast in section7_trained.CONTRASTS)
+
+
+def test_contrasts_are_differences_of_scores(tmp_path):
+    "All arms, 18 layers, a single seed."
+    workspace = Workspace(tmp_path, device="cpu")
+    results = workspace.results([replace(run, depth=18) for run in tables.section7_trained()])
+    scores = section7_trained.trained_scores(results, workspace)
+    effects = section7_trained.trained_effects(results, scores, workspace).set_index(["what", "tested_on"]).effect
+    table = scores.set_index(["channels", "norm", "intervention"])
+    rgb, nrgb = table.loc["rgb"], table.loc["rgbn"].own_multilabel
+    gain = rgb.other_multilabel["bn", "invert(0.5)"] - rgb.other_multilabel["bn", ""]
+    assert np.isclose(effects["ResNet, invert(0.5) − ResNet", "other"], gain)
+    frozen = rgb.own_multilabel["ibn_s", "switches(uniform)"]
+    assert np.isclose(effects["IBN-Net-s − IBN-Net-s, switches(uniform)", "own"], rgb.own_multilabel["ibn_s", ""] - frozen)
+    gains = [nrgb["ibn_a", name] - nrgb["bn", name] for name in ("", "match_nir")]
+    assert np.isclose(effects["gain of IBN-Net-a over ResNet − the same with NIR matched to red", "own"], gains[0] - gains[1])
+    doses = rgb.loc["bn"].loc[["", *section7_trained.DOSES]]
+    slope = np.polyfit(np.log(doses.divergence), doses.other_multilabel, 1)[0]
+    assert np.isclose(effects["divergence lower by a factor of e", "other"], -slope)
+    assert len(section7_trained.format_trained(scores)) == len(table) and section7_trained.draw_trained(scores)

@@ -1,0 +1,188 @@
+"""Section 7's arms that need training: what each changes in the scores, and the score against the dose of lower divergence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from agrivision_repro.analysis.significance import Effect, combine, contrast_effect
+from agrivision_repro.data.batches import CHANNEL_LABELS
+from agrivision_repro.models.backbones import backbone_label
+from agrivision_repro.plots import CURVE_COLORS
+from agrivision_repro.report.render import format_score, spread
+from agrivision_repro.runs.run import Run
+from agrivision_repro.runs.store import Result
+from agrivision_repro.runs.workspace import Workspace
+from agrivision_repro.study.figures import reduce_curve, run_divergence
+from agrivision_repro.study.modality import OTHER
+from agrivision_repro.study.section7_report import judge_arms
+
+
+@dataclass(frozen=True)
+class Trained:
+    "The nets of an arm, one per seed."
+
+    channels: str = "rgb"
+    norm: str = "bn"
+    intervention: str = ""
+
+    @classmethod
+    def of(cls, run: Run) -> Trained:
+        return cls(run.channels, run.norm, run.intervention)
+
+    @property
+    def label(self) -> str:
+        return ", ".join(filter(None, (backbone_label("", self.norm), self.intervention)))
+
+
+@dataclass(frozen=True)
+class Contrast:
+    "A weighted sum of scores that a claim says is above 0."
+
+    experiment: str
+    what: str
+    weights: dict[Trained, float]
+    tested_on: str = "other"  # or "own" modality
+
+
+def _gain(experiment: str, ours: Trained, others: Trained, tested_on: str = "other") -> Contrast:
+    "Return the contrast of two arms."
+    trained_on = "" if ours.channels == "rgb" else f" on {CHANNEL_LABELS[ours.channels]}"
+    return Contrast(experiment, f"{ours.label} − {others.label}{trained_on}", {ours: 1.0, others: -1.0}, tested_on)
+
+
+def _shrinkage(norm: str) -> Contrast:
+    "Return the contrast of an IBN-Net's gain over ResNet on NRGB as it is and with the histogram of NIR matched to red's."
+    weights = {Trained("rgbn", n, i): (1 if n == norm else -1) * (-1 if i else 1) for i in ("", "match_nir") for n in ("bn", norm)}
+    return Contrast("E3", f"gain of {backbone_label('', norm)} over ResNet − the same with NIR matched to red", weights, "own")
+
+
+PLAIN, IBN_A, IBN_S = Trained(), Trained(norm="ibn_a"), Trained(norm="ibn_s")
+DOSES = ("kl(0.01)", "kl(0.03)", "kl(0.1)", "kl(0.3)")  # weights of the divergence in the loss
+SIDES = ("own", "other")
+CONTRASTS = (
+    *(_shrinkage(norm) for norm in ("ibn_a", "ibn_s")),
+    *(_gain("E4", Trained(intervention=dose), PLAIN) for dose in DOSES),
+    _gain("E4", Trained(intervention="kl(0.1)"), Trained(intervention="sham(0.1)")),
+    *(_gain("E5", Trained(intervention=f"random_statistics({s})"), IBN_A) for s in ("0.25", "0.5", "1")),
+    *(_gain("E7", IBN_S, Trained(norm="ibn_s", intervention=f"switches({o})"), s) for o in ("bn", "uniform", "shuffled") for s in SIDES),
+    *(_gain("E9", Trained(norm=n, intervention="invert(0.5)"), Trained(norm=n), s) for n in ("bn", "ibn_a", "ibn_s") for s in SIDES),
+    *(_gain("baseline", Trained(c, "gn"), Trained(c), s) for c in OTHER for s in SIDES),
+    _gain("baseline", Trained("rgbn", intervention="modality_dropout"), Trained("rgbn"), "own"),
+)  # fmt: skip
+
+
+def trained_scores(
+    results: Sequence[Result],  # of `tables.section7_trained`
+    workspace: Workspace,
+) -> pd.DataFrame:  # per run: channels, norm, intervention, arm, seed, divergence; mIoU and average precision in %, own and other
+    "Score every arm, and measure its divergence; NaN where a net has both modalities as input."
+    rows = []
+    for result in results:
+        run, median = result.run, np.nan
+        if run.channels in OTHER:
+            curve = run_divergence(result, workspace)
+            median = reduce_curve(curve[curve.estimator == "sample"])["median"]
+        row: dict[str, object] = {"channels": run.channels, "norm": run.norm, "intervention": run.intervention, "seed": run.seed}
+        row |= {"arm": Trained.of(run).label, "divergence": median}
+        for side, tested in (("own", run.channels), ("other", OTHER.get(run.channels))):
+            for metric in ("multilabel", "average_precision"):
+                row[f"{side}_{metric}"] = 100 * result.score(tested, metric) if tested else np.nan
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _dose_slope(scores: pd.DataFrame, side: str) -> Effect:
+    "Estimate what a fall of ResNet's divergence by a factor of e is worth in points, over the doses of the penalty."
+    arms = scores[(scores.channels == "rgb") & (scores.norm == "bn") & scores.intervention.isin(["", *DOSES])].sort_values("seed")
+    slopes = [np.polyfit(np.log(own.divergence), own[f"{side}_multilabel"], 1)[0] for _, own in arms.groupby("seed")]
+    return combine([-slope for slope in slopes])
+
+
+def _estimate(contrast: Contrast, nets: dict[Trained, list[Result]], workspace: Workspace) -> Effect:
+    "Estimate a contrast from the counts of its nets."
+    counts, fields = [], []
+    for arm in contrast.weights:
+        tested = OTHER[arm.channels] if contrast.tested_on == "other" else ""
+        counts.append([result.tile_counts(tested) for result in nets[arm]])
+        fields = workspace.fields(nets[arm][0].run)
+    return contrast_effect(counts, list(contrast.weights.values()), fields if len(set(fields)) > 1 else None)
+
+
+def trained_effects(
+    results: Sequence[Result],  # of `tables.section7_trained`
+    scores: pd.DataFrame,  # of `trained_scores`
+    workspace: Workspace,
+) -> pd.DataFrame:  # per contrast: experiment, what, tested_on, effect in points with its interval, n, p, verdict
+    "Estimate and judge every contrast; Holm's adjustment is over those of an experiment."
+    nets: dict[Trained, list[Result]] = {}
+    for result in sorted(results, key=lambda r: r.run.seed):
+        nets.setdefault(Trained.of(result.run), []).append(result)
+    effects = {(c.experiment, c.what, c.tested_on): _estimate(c, nets, workspace) for c in CONTRASTS}
+    effects |= {("E4", "divergence lower by a factor of e", side): _dose_slope(scores, side) for side in SIDES}
+    rows = []
+    for experiment in dict.fromkeys(key[0] for key in effects):
+        own = {key: effect for key, effect in effects.items() if key[0] == experiment}
+        verdicts = judge_arms({str(key): effect for key, effect in own.items()})
+        rows += [(*key, e.estimate, *e.interval(), e.n_seeds, e.p, verdicts[str(key)]) for key, e in own.items()]
+    return pd.DataFrame(rows, columns="experiment what tested_on effect low high n p verdict".split())
+
+
+def format_trained(scores: pd.DataFrame) -> pd.DataFrame:  # text cells; a row per arm
+    "Format scores on both modalities and the divergence (its geometric mean): mean ± standard deviation over seeds."
+    columns = {"own modality": "own_multilabel", "other modality": "other_multilabel"}
+    columns |= {f"{name}, average precision": f"{side}_average_precision" for name, side in zip(columns, SIDES, strict=True)}
+    rows = {}
+    for (channels, arm), own in scores.groupby(["channels", "arm"], sort=False):
+        cells = {name: "–" if own[c].isna().all() else format_score(own[c].mean(), spread(own[c])) for name, c in columns.items()}
+        factor = np.exp(np.log(own.divergence).mean())
+        rows[f"{arm} on {CHANNEL_LABELS[channels]}"] = cells | {"divergence": "–" if np.isnan(factor) else f"{factor:.3g}"}
+    return pd.DataFrame(rows).T
+
+
+def format_effects(effects: pd.DataFrame) -> pd.DataFrame:  # text cells
+    "Format contrasts with their intervals and verdicts."
+    ends = [f"{low:+.1f} to {high:+.1f}" if np.isfinite(low) else "–" for low, high in zip(effects.low, effects.high, strict=True)]
+    return pd.DataFrame({
+        "experiment": effects.experiment,
+        "tested on": effects.tested_on + " input",
+        "points": [f"{e:+.1f}" for e in effects.effect],
+        "95 % interval": ends,
+        "above 0": effects.verdict,
+    }).set_axis(effects.what, axis=0)  # fmt: skip
+
+
+_MARKERS = {"": "o", "kl": "v", "sham": "^", "random_statistics": "s", "switches": "D", "invert": "*"}
+_NORMS = ("bn", "ibn_a", "ibn_s", "gn")
+
+
+def _draw_arm(ax, arm: pd.DataFrame, norm: str, kind: str) -> None:
+    "Draw the scores of an arm at its divergence, each with the range of its seeds: filled on NIR, open on RGB."
+    color, x = CURVE_COLORS[_NORMS.index(norm)], np.exp(np.log(arm.divergence).mean())
+    for side, face in (("other", color), ("own", "none")):
+        y = arm[f"{side}_multilabel"]
+        ends = [[y.mean() - y.min()], [y.max() - y.mean()]]
+        ax.errorbar(x, y.mean(), ends, marker=_MARKERS[kind], color=color, markerfacecolor=face, markersize=6, elinewidth=0.7)
+
+
+def draw_trained(scores: pd.DataFrame) -> Figure:
+    "Draw mIoU on NIR (filled) and RGB (open) against divergence: a point per arm trained on RGB; the doses of the penalty are joined."
+    fig, ax = plt.subplots(figsize=(8.5, 4.2), dpi=80, layout="constrained")
+    own = scores[scores.channels == "rgb"]
+    for (norm, intervention), arm in own.groupby(["norm", "intervention"], sort=False):
+        _draw_arm(ax, arm, norm, intervention.partition("(")[0])
+    doses = own[(own.norm == "bn") & own.intervention.isin(["", *DOSES])].groupby("intervention", sort=False)
+    x = np.exp(doses.divergence.agg(lambda d: np.log(d).mean()))
+    ax.plot(x, doses.other_multilabel.mean(), color=CURVE_COLORS[0], linewidth=0.8, zorder=0)
+    ax.set(xscale="log", xlabel="median divergence of RGB and NIR", ylabel="multi-label mIoU, %")
+    handles = [Line2D([], [], color=color, label=backbone_label("", norm)) for norm, color in zip(_NORMS, CURVE_COLORS, strict=False)]
+    handles += [Line2D([], [], marker=m, color="0.4", linestyle="", label=kind or "as in Figure 2") for kind, m in _MARKERS.items()]
+    fig.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
+    plt.close(fig)
+    return fig
