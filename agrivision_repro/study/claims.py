@@ -43,10 +43,10 @@ from ..training.schedule import Recipe
 # %% auto #0
 __all__ = ['UNTESTED', 'FIG2', 'TABLE_1', 'TWO', 'THREE', 'FALL', 'RISE', 'HUGE_DECAY', 'HUGE_DIVERGENCE', 'S', 'A', 'R',
            'LOSSES', 'BCE', 'DICE', 'LOVASZ', 'HYBRID', 'SEVEN', 'HALF', 'JUDGES', 'SAME', 'BEYOND', 'TITLES',
-           'Finding', 'p_value', 'format_rule', 'find', 'Evidence', 'judge_gain', 'judge_best', 'judge_decay',
-           'judge_transfer', 'title_of', 'judge_ratio', 'judge_divergence', 'judge_layers', 'judge_depth',
-           'judge_slope', 'share_curves', 'judge_shares', 'judge_spread', 'converged_at', 'judge_convergence',
-           'judge_claims', 'claims_table']
+           'ANSWERED', 'Finding', 'p_value', 'format_rule', 'find', 'Evidence', 'judge_gain', 'judge_best',
+           'judge_decay', 'judge_transfer', 'title_of', 'judge_ratio', 'judge_divergence', 'judge_layers',
+           'judge_depth', 'judge_slope', 'share_curves', 'judge_shares', 'judge_spread', 'converged_at',
+           'judge_convergence', 'judge_claims', 'link_tables', 'claims_table']
 
 # %% ../../nbs/74_claims.ipynb #cell-05
 UNTESTED = "not tested"
@@ -345,7 +345,15 @@ def judge_claims(
     return pd.DataFrame(rows, columns=["key", "where", "sentence", "printed", *Finding._fields, "same_as", "holm", "data"])
 
 # %% ../../nbs/74_claims.ipynb #claims-table
-TITLES = {TABLE_1: "Table 1", TWO: "Table 2", THREE: "Table 3", FIG2: "Figure 2"}
+TITLES = {TABLE_1: "Table 1", TWO: "Table 2", THREE: "Table 3", FIG2: "Figure 2", "section7": "Section 7"}
+ANSWERED = ("bad_generalization", "ibn_gain", "cause", "capacity")  # claims of a cause, which section 7's interventions test
+
+
+def link_tables(key: str, table: str) -> str:
+    "Link a claim to the tables that show it."
+    shown = [name for name in (table, "section7" * (key in ANSWERED)) if name]
+    return ", ".join(f"[{TITLES[name]}](../index.html#{name})" for name in shown) or "–"
+
 
 
 def claims_table(
@@ -367,5 +375,5 @@ def claims_table(
         "agrees if": judged.rule.tolist(),
         "seeds": [str(n) if n else "–" for n in judged.n],
         "detectable": judged.detectable.tolist(),
-        "seen in": [f"[{TITLES[t]}](../index.html#{t})" if t else "–" for t in judged.table],
+        "seen in": [link_tables(key, table) for key, table in zip(judged.key, judged.table, strict=True)],
     }, index=pd.Index(judged["where"], name=""))  # fmt: skip
