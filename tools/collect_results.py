@@ -3,7 +3,8 @@
 usage: collect_results.py OUT NAME --data DATA [--scale laptop] [--seeds 0,1,2] [--data-root DIR] [--of "whole set"] [TABLE ...]
 
 Writes tables (CSV), figures (PNG), the executed notebooks, a log of every run that the tables need, and about.json; and results/runs.csv,
-the scores of all runs of all folders of results. `agrivision report --from results` makes the tables again from the logs.
+the scores of all runs of all folders of results, and results/claims_matrix.csv and .png. `agrivision report --from results` makes the
+tables again from the logs.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import pandas as pd
+
 from agrivision_repro.core import read_json, write_json
 from agrivision_repro.data.editions import find_edition
+from agrivision_repro.runs.code import code_at
 from agrivision_repro.runs.logs import read_logs, tidy_runs, write_log
 from agrivision_repro.runs.store import Result
 from agrivision_repro.runs.workspace import Workspace
+from agrivision_repro.study.matrix import claims_matrix, draw_matrix
 from agrivision_repro.study.tables import ON_REQUEST, TABLES, check_seeds
 
 
@@ -29,9 +34,11 @@ def tell_about(results: list[Result], args: argparse.Namespace, tables: list[str
     asked = {"data": args.data, "scale": args.scale, "seeds": check_seeds(args.seeds), "tables": tables}
     tiles = {"tiles": args.of, **{key: records[0][key] for key in ("n_train", "n_val")}}
     made = {key: dict(Counter(r[key] for r in records)) for key in ("commit", "device", "precision")}
-    torches = dict(Counter(r["versions"]["torch"] for r in records))
+    versions = {name: dict(Counter(r["versions"][name] for r in records)) for name in ("torch", "timm", "numpy")}
     hours = round(sum(r["seconds"] for r in records) / 3600, 2)
-    return asked | tiles | {"runs": len(results), "hours of the runs": hours, "trained": [days[0], days[-1]], **made, "torch": torches}
+    code = {commit: code_at(commit) for commit in made["commit"]}
+    took = {"runs": len(results), "hours of the runs": hours, "trained": [days[0], days[-1]]}
+    return asked | tiles | took | made | versions | {"code": code}
 
 
 def copy_products(out: Path, folder: Path, tables: list[str], data_root: str) -> None:
@@ -78,7 +85,16 @@ def main() -> None:
         write_log(result, workspace, folder / "logs")
     copy_products(Path(args.report or args.out), folder, tables, args.data_root)
     write_json(folder / "about.json", tell_about(results, args, tables))
+    write_matrix(args.results)
     print(f"{folder}: {len(results)} runs; {args.results / 'runs.csv'}: {write_runs(args.results)} rows")
+
+
+def write_matrix(folder: Path) -> None:
+    "Write and draw the verdicts on every claim, one column per data set."
+    first, *others = sorted(folder.glob("*/tables/claims.csv"))
+    matrix = claims_matrix(pd.read_csv(first), [path.parents[1] for path in others])
+    matrix.to_csv(folder / "claims_matrix.csv")
+    draw_matrix(matrix).savefig(folder / "claims_matrix.png")
 
 
 def write_runs(folder: Path) -> int:  # rows
@@ -89,7 +105,6 @@ def write_runs(folder: Path) -> int:  # rows
     table = tidy_runs(logs, {name: own["scale"] for name, own in about.items()}, classes)
     table.to_csv(folder / "runs.csv", index=False, float_format="%.6g")
     return len(table)
-
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ from matplotlib.figure import Figure
 from agrivision_repro.analysis.significance import AGREES, DISAGREES, NO_EFFECT, NOT_JUDGED, UNDECIDED
 from agrivision_repro.study.claims import UNTESTED
 
+ALONE = ", alone"  # a verdict that Holm's adjustment for the number of claims turns into "undecided"
 VERDICT_COLORS = {
-    AGREES: "#009e73", DISAGREES: "#d55e00", NO_EFFECT: "#56b4e9", UNDECIDED: "#e0e0e0", NOT_JUDGED: "#f4f4f4", UNTESTED: "white",
+    AGREES: "#009e73", DISAGREES: "#d55e00", NO_EFFECT: "#56b4e9", AGREES + ALONE: "#a6dcc9", DISAGREES + ALONE: "#f2c6a3",
+    UNDECIDED: "#e0e0e0", NOT_JUDGED: "#f4f4f4", UNTESTED: "white",
 }  # fmt: skip
 
 
@@ -37,7 +39,7 @@ def draw_matrix(matrix: pd.DataFrame) -> Figure:  # of `claims_matrix`
 def claims_matrix(
     judged: pd.DataFrame,  # of `judge_claims`
     others: Sequence[str | Path] = (),  # results folders of other data sets, each with tables/claims.csv
-) -> pd.DataFrame:  # verdict per claim (where, key) and data set
+) -> pd.DataFrame:  # verdict per claim (where, key) and data set: after Holm, or that of the claim by itself with `ALONE`
     "Collect the verdicts on several data sets."
     tables = [judged]
     for path in (Path(folder).expanduser() / "tables" / "claims.csv" for folder in others):
@@ -46,12 +48,13 @@ def claims_matrix(
         tables.append(pd.read_csv(path))
     columns: dict[str, pd.Series] = {}
     for table in tables:
-        missing = {"where", "key", "n", "holm", "data"} - set(table.columns)
+        missing = {"where", "key", "n", "verdict", "holm", "data"} - set(table.columns)
         if missing:
             raise ValueError(f"a claims.csv lacks {', '.join(sorted(missing))}: it is from another version; make it again")
         n = int(table.n.max())
         title = f"{table.data[0]}, {n} seed{'s' * (n > 1)}"
         if title in columns:
             raise ValueError(f"two folders judge the claims on {title}: name one folder per data set")
-        columns[title] = table.set_index(["where", "key"]).holm
+        own = table.set_index(["where", "key"])
+        columns[title] = own.holm.where(own.holm == own.verdict, own.verdict + ALONE)
     return pd.DataFrame(columns).reindex(pd.MultiIndex.from_frame(judged[["where", "key"]])).fillna(UNTESTED)

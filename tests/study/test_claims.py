@@ -19,7 +19,7 @@ from agrivision_repro.analysis.significance import (
 from agrivision_repro.runs.run import plan_run
 from agrivision_repro.study import claims
 from agrivision_repro.study.claims import HALF, JUDGES, SAME, UNTESTED, Evidence, find, judge_claims
-from agrivision_repro.study.matrix import claims_matrix, draw_matrix
+from agrivision_repro.study.matrix import ALONE, claims_matrix, draw_matrix
 from agrivision_repro.study.paper import CLAIMS
 
 N_FIELDS = 24
@@ -106,14 +106,15 @@ def test_holm_takes_the_weak_ones(monkeypatch):
 
 def test_the_matrix_of_several_folders(judged, tmp_path):
     own = judged.reset_index()
-    for name in ("a", "b"):
+    for name, verdict, holm in (("a", DISAGREES, DISAGREES), ("b", AGREES, UNDECIDED)):
         (tmp_path / name / "tables").mkdir(parents=True)
-        own.assign(data=f"data {name}", holm=DISAGREES).to_csv(tmp_path / name / "tables" / "claims.csv", index=False)
+        own.assign(data=f"data {name}", verdict=verdict, holm=holm).to_csv(tmp_path / name / "tables" / "claims.csv", index=False)
     matrix = claims_matrix(own, [tmp_path / "a", str(tmp_path / "b")])
     assert matrix.shape == (len(CLAIMS), 3) and matrix.columns.tolist()[1:] == ["data a, 3 seeds", "data b, 3 seeds"]
-    assert (matrix["data a, 3 seeds"] == DISAGREES).all() and matrix.iloc[:, 0].tolist() == own.holm.tolist()
+    assert (matrix["data a, 3 seeds"] == DISAGREES).all() and (matrix["data b, 3 seeds"] == AGREES + ALONE).all()
+    assert [cell.removesuffix(ALONE) for cell in matrix.iloc[:, 0]] == own.verdict.tolist()
     figure = draw_matrix(matrix)
     assert len(figure.axes[0].texts) == matrix.size and len(figure.axes[0].get_yticklabels()) == len(CLAIMS)
     pd.DataFrame({"key": ["a"]}).to_csv(tmp_path / "a" / "tables" / "claims.csv", index=False)
-    with pytest.raises(ValueError, match="lacks data, holm, n, where: it is from another version"):
+    with pytest.raises(ValueError, match="lacks data, holm, n, verdict, where: it is from another version"):
         claims_matrix(own, [tmp_path / "a"])
