@@ -38,4 +38,5 @@ def test_results_name_their_code_and_machine(about):
     assert all(known[key] for key in ("commit", "device", "torch", "trained", "code", "n_train", "n_val"))
     assert all(known["code"].values())  # the fingerprints of every commit
     if "verified" in known:
-        assert known["verified"]["equal"] and (set(known["code"]) == {known["verified"]["commit"]}) == all(known["verified"]["equal"].values())
+        equal = known["verified"]["equal"]  # run → bool
+        assert equal and (set(known["code"]) == {known["verified"]["commit"]}) == all(equal.values())
