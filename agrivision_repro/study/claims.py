@@ -355,7 +355,6 @@ def link_tables(key: str, table: str) -> str:
     return ", ".join(f"[{TITLES[name]}](../index.html#{name})" for name in shown) or "–"
 
 
-
 def claims_table(
     judged: pd.DataFrame,  # of `judge_claims`
     results: Sequence[Result],
