@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
-from ..core import Stopped, defer_signals
+from ..core import Stopped, defer_signals, notes_stream
 from ..data.batches import Batch, TileDataset, SampleStream, scoring_loader, thin_out, training_loader
 from ..models.norms import recalibrate, sync_norms
 from .checkpoint import read_tensors, save_tensors
@@ -232,7 +232,7 @@ def _make_bar(trainer: Trainer, title: str) -> tqdm:
     "Make the progress bar of a run, counted in tiles; only the first process shows it."
     recipe, is_hidden = trainer.recipe, not trainer.engine.accelerator.is_main_process
     counts = {"total": recipe.iterations * recipe.batch_size, "initial": trainer.iteration * recipe.batch_size, "unit": "tile"}
-    return tqdm(**counts, desc=title, leave=False, dynamic_ncols=True, disable=is_hidden)
+    return tqdm(**counts, desc=title, leave=False, dynamic_ncols=True, disable=is_hidden, file=notes_stream())
 
 # %% ../../nbs/52_training.ipynb #218a4d4b
 def fit(
