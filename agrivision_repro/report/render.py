@@ -81,6 +81,7 @@ def html_table(
     caption: str = "",  # what the numbers are
 ) -> str:  # HTML
     "Format a table as HTML with scoped header cells; `**…**` and `[…](…)` as in Markdown."
+    table = table.rename_axis(index=[name or None for name in table.index.names])  # an empty name would be an empty row
     html = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", table.to_html(border=0, escape=True))
     html = re.sub(r"\[([^\]]+)\]\((\S+?)\)", r'<a href="\2">\1</a>', html)
     if table.map(lambda cell: len(str(cell)) > 40).any(axis=None):  # sentences
