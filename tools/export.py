@@ -32,7 +32,8 @@ def find_notebooks(names: list[str]) -> list[Path]:
 def run(path: Path) -> None:
     "Execute a notebook in its own folder and save its outputs without progress bars."
     notebook = nbformat.read(path, as_version=4)
-    ExecutePreprocessor(timeout=600, kernel_name="python3", coalesce_streams=True).preprocess(notebook, {"metadata": {"path": str(path.parent)}})
+    executor = ExecutePreprocessor(timeout=600, kernel_name="python3", coalesce_streams=True)
+    executor.preprocess(notebook, {"metadata": {"path": str(path.parent)}})
     for cell in notebook.cells:
         if cell.cell_type == "code":
             for output in (o for o in cell.outputs if o.output_type == "stream"):
