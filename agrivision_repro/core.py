@@ -6,12 +6,14 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from threading import Thread
+from typing import TextIO
 
 import numpy as np
 from safetensors import SafetensorError
@@ -117,6 +119,11 @@ def check_choice(name: str, got: object, allowed: tuple) -> None:
     "Raise ValueError unless a value is one of those allowed."
     if got not in allowed:
         raise ValueError(f"{name} is {got!r}: wanted one of {', '.join(map(str, allowed))}")
+
+
+def notes_stream() -> TextIO:
+    "Return the stream of notes and progress bars: stderr; in a Jupyter kernel, where stderr looks like an error, stdout."
+    return sys.stdout if type(sys.stderr).__module__.startswith("ipykernel") else sys.stderr
 
 
 def how_to_install(extra: str) -> str:

@@ -1,4 +1,4 @@
-"""Pictures and colors: tiles, classes, confusion matrices, and curves over the layers of a net."""
+"""Pictures and colors: tiles, classes, and curves over the layers of a net."""
 
 from __future__ import annotations
 
@@ -63,27 +63,6 @@ def show_panels(
     if classes:
         add_class_legend(fig, classes)
     plt.close(fig)  # otherwise a notebook draws it twice
-    return fig
-
-
-def show_confusion(
-    counts: np.ndarray,  # pixels, `(C, C)`: row = prediction, column = label
-    classes: tuple[str, ...],  # C names
-) -> Figure:
-    "Draw a confusion matrix in which the pixels of each label add up to 100 %."
-    names = [name.replace("_", " ") for name in classes]
-    share = 100 * counts / np.maximum(counts.sum(0), 1)
-    side = 0.62 * len(names)
-    fig, ax = plt.subplots(figsize=(side + 2.2, side + 1.1), layout="constrained", dpi=100)
-    image = ax.imshow(share, cmap="viridis", vmin=0, vmax=100)
-    for row, column in np.ndindex(share.shape):
-        color = "black" if share[row, column] > 60 else "white"
-        ax.text(column, row, f"{share[row, column]:.0f}", ha="center", va="center", fontsize=8, color=color)
-    ax.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
-    ax.set_yticks(range(len(names)), names, fontsize=8)
-    ax.set(xlabel="label", ylabel="prediction")
-    fig.colorbar(image, label="% of the label's pixels")
-    plt.close(fig)
     return fig
 
 

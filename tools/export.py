@@ -32,13 +32,14 @@ def find_notebooks(names: list[str]) -> list[Path]:
 def run(path: Path) -> None:
     "Execute a notebook in its own folder and save its outputs without progress bars."
     notebook = nbformat.read(path, as_version=4)
-    ExecutePreprocessor(timeout=600, kernel_name="python3").preprocess(notebook, {"metadata": {"path": str(path.parent)}})
+    executor = ExecutePreprocessor(timeout=600, kernel_name="python3", coalesce_streams=True)
+    executor.preprocess(notebook, {"metadata": {"path": str(path.parent)}})
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
             for output in (o for o in cell.outputs if o.output_type == "stream"):
-                output.text = output.text.replace(f"{Path(os.environ['AGRIVISION_OUT']).parent}/", "")
-    nbformat.write(notebook, path)
+                output.text = re.sub(r"[^\n]*\r", "", output.text)  # progress bars
+            cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and (o.name == "stderr" or not o.text.strip()))]
+    path.write_text(nbformat.writes(notebook).replace(f"{Path(os.environ['AGRIVISION_OUT']).parent}/", "") + "\n")
     print(f"ran {path.relative_to(ROOT)}")
 
 

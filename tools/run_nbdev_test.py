@@ -10,7 +10,7 @@ LIMIT = 1200  # seconds; nbdev_test has no limit of its own
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as out:
-        command = [Path(sys.executable).parent / "nbdev_test", "--n_workers", "2", *sys.argv[1:]]
+        command = [Path(sys.executable).parent / "nbdev_test", "--n_workers", "2", "--do_print", *sys.argv[1:]]
         environment = os.environ | {"AGRIVISION_OUT": out, "OMP_NUM_THREADS": "1"}  # two notebooks, two cores
         root = Path(__file__).resolve().parents[1]
         try:

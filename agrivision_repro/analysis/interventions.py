@@ -6,25 +6,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import numpy as np
 import torch
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from .inputs import check_channels, split_batch
-from .moments import measure
 from ..core import check_choice
 from ..models.norms import SwitchNorm2d, recalibrate
-from ..plots import CURVE_COLORS
 
 # %% auto #0
-__all__ = ['Stream', 'Intervention', 'SWITCHES', 'adapt_norms', 'layer_means', 'draw_distributions', 'channel_values',
-           'match_moments', 'apply_to', 'match_histogram', 'low_frequencies', 'match_amplitude', 'invert_contrast',
-           'random_gain_offset', 'freeze_switches', 'shuffle_switches', 'Intervened']
+__all__ = ['Stream', 'Intervention', 'SWITCHES', 'adapt_norms', 'channel_values', 'match_moments', 'apply_to', 'match_histogram',
+           'low_frequencies', 'match_amplitude', 'invert_contrast', 'random_gain_offset', 'freeze_switches',
+           'shuffle_switches', 'Intervened']
 
 # %% ../../nbs/44_interventions.ipynb #iv-07
 Stream = Iterable  # of x `(B, C, H, W)`, or (x, valid) with valid bool `(B, H, W)`
@@ -40,29 +36,6 @@ def adapt_norms(
     adapted = copy.deepcopy(model)
     recalibrate(adapted, (split_batch(batch)[0] for batch in batches))
     return adapted
-
-# %% ../../nbs/44_interventions.ipynb #iv-11
-def layer_means(
-    model: nn.Module,  # in evaluation mode
-    batches: Stream,
-    layer: str,  # name of a module
-) -> Tensor:  # mean of every tile and channel over valid positions, `(N, C)` float32
-    "Return the mean activations of one layer."
-    return torch.cat(measure(model, batches, [layer], keep_samples=True).sample_means)
-
-
-def draw_distributions(
-    values: Mapping[str, np.ndarray | Tensor],  # label → values of one channel, `(N,)`
-    xlabel: str = "mean activation of a tile",
-) -> Figure:
-    "Draw the cumulative distribution of each stream."
-    fig, ax = plt.subplots(figsize=(5.2, 2.2), dpi=80, layout="constrained")
-    for (label, own), color in zip(values.items(), CURVE_COLORS, strict=False):
-        ax.ecdf(np.asarray(own), color=color, linewidth=1.2, label=label)
-    ax.set(xlabel=xlabel, ylabel="share of tiles")
-    ax.legend(frameon=False, fontsize=7)
-    plt.close(fig)
-    return fig
 
 # %% ../../nbs/44_interventions.ipynb #iv-14
 Intervention = Callable[[Tensor], Tensor]  # inputs `(B, C, H, W)` to the same shape

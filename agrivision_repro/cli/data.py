@@ -48,6 +48,7 @@ def stats(root: _Root, data: DataName = "", workers: _Workers = 0, as_json: _AsJ
             print(f"{split}: {report.describe(split)['tiles']} tiles; channels: values from 0 to 1, over valid pixels", report.channel_table(split), classes, "", sep="\n")
     if not report.is_trustworthy:
         print(f"{len(report.faults)} faults, not included here: see agrivision data check {root}", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @data_app.command()

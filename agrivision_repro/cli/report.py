@@ -22,13 +22,13 @@ def report(
     names = sorted(path.parent.name for path in source.glob("*/about.json"))
     if not names:
         raise ValueError(f"{source} contains no NAME/about.json: name a folder of results, such as results/ of the checkout")
-    differences = [line for name in names for line in _remake(name, names, source, out)]
+    differences = [line for name in names for line in _remake(name, source, out)]
     for line in differences:
         print(f"agrivision: {line}", file=sys.stderr)
     raise typer.Exit(1 if differences else 0)
 
 
-def _remake(name: str, names: list[str], source: Path, out: Path) -> list[str]:  # differences, one line each
+def _remake(name: str, source: Path, out: Path) -> list[str]:  # differences, one line each
     "Make the tables of one folder of results from its logs."
     from agrivision_repro.core import read_json
     from agrivision_repro.runs.logs import unpack_logs
@@ -38,8 +38,6 @@ def _remake(name: str, names: list[str], source: Path, out: Path) -> list[str]: 
     workspace = Workspace(out / name, device="cpu")
     common = {"scale": about["scale"], "data": about["data"], "seeds": about["seeds"], **workspace.as_kwargs()}
     runs, parameters = plan_tables(about["tables"], common, [])
-    if "claims" in parameters:
-        parameters["claims"]["others"] = [str((source / other).resolve()) for other in names if other != name and "-" not in other]
     missing = {table: [run.title for run in own if run not in known] for table, own in runs.items()}
     lacking = [f"{name}: {table} lacks the log of {', '.join(titles)}" for table, titles in missing.items() if titles]
     results = {table: workspace.results(own) for table, own in runs.items() if not missing[table]}

@@ -18,7 +18,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from tqdm import tqdm
 
-from agrivision_repro.core import worker_pool
+from agrivision_repro.core import notes_stream, worker_pool
 from agrivision_repro.data.counts import CHANNEL_NAMES, count_table, count_tile, mean_and_std
 from agrivision_repro.data.editions import detect_edition, find_edition, open_splits
 from agrivision_repro.data.tiles import BadFile, Tile, Tiles, list_images, places_in_both
@@ -123,7 +123,7 @@ def _check_split(
     check = partial(check_tile, tiles)
     with worker_pool(n_workers) as pool:
         found = pool.map(check, tiles.names, chunksize=16) if pool else map(check, tiles.names)
-        rows = list(tqdm(found, f"checking {tiles.split}", len(tiles.names), unit="tile", disable=not shows_progress))
+        rows = list(tqdm(found, f"checking {tiles.split}", len(tiles.names), unit="tile", disable=not shows_progress, file=notes_stream()))
     table = pd.DataFrame(rows, tiles.names)
     counts = count_table(table.pop("counts"), tiles.classes, tiles.names)
     return pd.concat([table.set_axis(pd.MultiIndex.from_product([table.columns, [""]]), axis=1), counts], axis=1)

@@ -17,7 +17,7 @@ import pandas as pd
 from filelock import FileLock
 from tqdm import tqdm
 
-from agrivision_repro.core import worker_pool
+from agrivision_repro.core import notes_stream, worker_pool
 from agrivision_repro.data.buffers import POOL
 from agrivision_repro.data.counts import count_table, count_tile
 from agrivision_repro.data.editions import find_edition, home_of, open_tiles
@@ -210,7 +210,7 @@ def _decode_missing(tiles: Tiles, folder: Path, done: dict[str, dict], n_workers
     work = partial(pack_tile, tiles, folder)
     with worker_pool(n_workers) as pool:
         found = pool.map(work, todo, chunksize=4) if pool else map(work, todo)
-        options = {"total": len(tiles), "initial": len(done), "unit": "tile", "disable": not shows_progress}
+        options = {"total": len(tiles), "initial": len(done), "unit": "tile", "disable": not shows_progress, "file": notes_stream()}
         yield from tqdm(found, f"packing {tiles.split}", **options)
 
 
@@ -265,7 +265,7 @@ def count_tiles(
     with worker_pool(n_workers or os.cpu_count() or 1) as pool:
         work = partial(_count_one, tiles)
         found = pool.map(work, range(len(tiles)), chunksize=16) if pool else map(work, range(len(tiles)))
-        bar = tqdm(found, f"counting {tiles.split}", len(tiles), unit="tile", disable=not shows_progress)
+        bar = tqdm(found, f"counting {tiles.split}", len(tiles), unit="tile", disable=not shows_progress, file=notes_stream())
         return count_table(bar, tiles.classes, tiles.names)
 
 

@@ -20,8 +20,6 @@ from urllib.error import URLError
 import pandas as pd
 import timm
 import torch
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -35,7 +33,7 @@ __all__ = ['DEPTHS', 'NORMS', 'DILATIONS', 'MULTIGRID', 'TORCHVISION', 'IBN_NET'
            'default_cfgs', 'replace_first_norms', 'backbone_label', 'last_activation', 'add_norm_after_addition',
            'add_instance_norms', 'replace_all_norms', 'swap_norms', 'set_multigrid', 'widen_stem', 'fetch_checkpoint',
            'read_checkpoint', 'LoadReport', 'load_matching', 'load_imagenet', 'make_resnet', 'create_backbone',
-           'spread', 'branch_spreads', 'draw_branches', 'make_entry']
+           'spread', 'branch_spreads', 'make_entry']
 
 # %% ../../nbs/22_backbones.ipynb #cell-05
 def replace_first_norms(
@@ -318,20 +316,6 @@ def branch_spreads(
             hook.remove()
     table = pd.DataFrame.from_dict(spreads, orient="index")[["branch", "identity"]]
     return table.assign(ratio=table.branch / table.identity).rename_axis("block").reset_index()
-
-# %% ../../nbs/22_backbones.ipynb #d53aadaa
-def draw_branches(
-    curves: dict[str, pd.DataFrame],  # label → table of `branch_spreads`
-) -> Figure:
-    "Draw the ratio of each branch's spread to the identity's, by depth."
-    fig, ax = plt.subplots(figsize=(7, 2.8), dpi=90, layout="constrained")
-    for label, table in curves.items():
-        ax.plot(table.index + 1, table.ratio.clip(lower=1e-3), "o-", markersize=3, linewidth=1, label=label)
-    ax.axhline(0.1, color="0.6", linewidth=0.8, linestyle=":")
-    ax.set(xlabel="residual block, counted from the input", ylabel="spread of branch / identity", yscale="log")
-    ax.legend(frameon=False, fontsize=8)
-    plt.close(fig)
-    return fig
 
 # %% ../../nbs/22_backbones.ipynb #cell-31
 def make_entry(name: str, depth: int, norm: str) -> Callable[..., nn.Module]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from xml.etree import ElementTree
 import numpy as np
 import tifffile
 
-from agrivision_repro.core import how_to_install
+from agrivision_repro.core import how_to_install, notes_stream
 from agrivision_repro.data.tiles import SUFFIXES, BadFile, decode_image, list_images, missing_file, read_image
 from agrivision_repro.predict.bands import BYTES, Raster, Reading, Stored, as_raster, describe_color
 
@@ -156,7 +155,7 @@ def _find_place(path: Path) -> dict:  # of `Raster`
 
 
 def _say_dropped(path: Path) -> None:
-    print(f"{path}: georeferencing is dropped, rasterio is not installed ({how_to_install('geo')})", file=sys.stderr)
+    print(f"{path}: georeferencing is dropped, rasterio is not installed ({how_to_install('geo')})", file=notes_stream())
 
 
 @contextmanager

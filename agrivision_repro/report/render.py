@@ -44,10 +44,13 @@ def banner_text(
 
 
 def banner(results: Sequence[Result]) -> Markdown:
-    "Return `banner_text` and the data's credit for a notebook."
+    "Return `banner_text`, the data's credit and what the runs are for a notebook."
     from IPython.display import Markdown
 
-    return Markdown(f"> {banner_text(results)}\n>\n> Data: {results[0].run.edition.credit}.")
+    devices = " and ".join(dict.fromkeys(f"{r.record['device']}, {r.record['precision']}" for r in results))
+    runs = f"{len(results)} finished runs in `{_short_path(results[0].folder.path.parent)}`, trained on {devices}"
+    rounding = "another device or number of threads rounds differently, which can change the scores of a short run by points"
+    return Markdown(f"> {banner_text(results)}\n>\n> Data: {results[0].run.edition.credit}.\n>\n> {runs}; {rounding}.")
 
 
 def spread(values: Sequence[float]) -> float:  # NaN for one value
@@ -78,6 +81,7 @@ def html_table(
     caption: str = "",  # what the numbers are
 ) -> str:  # HTML
     "Format a table as HTML with scoped header cells; `**…**` and `[…](…)` as in Markdown."
+    table = table.rename_axis(index=[name or None for name in table.index.names])  # an empty name would be an empty row
     html = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", table.to_html(border=0, escape=True))
     html = re.sub(r"\[([^\]]+)\]\((\S+?)\)", r'<a href="\2">\1</a>', html)
     if table.map(lambda cell: len(str(cell)) > 40).any(axis=None):  # sentences
@@ -149,11 +153,13 @@ def save_picture(
     figure: Figure,
     workspace: Workspace,
     alt: str,  # text alternative, stored in the files
-) -> Figure:
-    "Save a figure as PNG and PDF."
+) -> None:
+    "Save a figure as PNG and PDF, and show it with its text alternative in a notebook."
+    from IPython.display import display
+
     folder = workspace.report / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.png", dpi=120, metadata={"Description": alt})
     figure.savefig(folder / f"{name}.pdf", metadata={"Subject": alt})
     print(f"figure: {_short_path(folder / name)}.png, .pdf")
-    return figure
+    display(figure, metadata={"image/png": {"alt": alt}})

@@ -10,7 +10,7 @@ from types import ModuleType
 
 from tqdm import tqdm
 
-from agrivision_repro.core import how_to_install
+from agrivision_repro.core import how_to_install, notes_stream
 from agrivision_repro.runs.jobs import Interrupted, in_one_line, train_one
 from agrivision_repro.runs.run import Run
 from agrivision_repro.runs.workspace import Workspace
@@ -96,7 +96,7 @@ def _submit(ray: ModuleType, runs: Sequence[Run], workspace: Workspace, max_retr
 def _watch(ray: ModuleType, queued: dict) -> dict[Run, str]:  # failed Runs and their errors
     "Wait for queued Runs; on Ctrl-C, cancel them and let them save their states."
     failures, waiting = {}, list(queued)
-    with tqdm(total=len(queued), unit="Run", dynamic_ncols=True, leave=False) as bar:
+    with tqdm(total=len(queued), unit="Run", dynamic_ncols=True, leave=False, file=notes_stream()) as bar:
         try:
             while waiting:
                 ended, waiting = ray.wait(waiting, timeout=1)

@@ -51,14 +51,6 @@ def format_percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f} %"
 
 
-def flatten(content: dict, prefix: str = "") -> dict:  # dotted names → values
-    "Flatten nested dictionaries to one level."
-    flat = {}
-    for name, value in content.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
 def _score_rows(folder: RunFolder) -> dict[str, str]:  # metric, test input, checkpoint → mean and classes, in percent
     "Return all scores of a Run, in the tables' names and unit."
     classes, rows = folder.run().edition.classes, {}
@@ -74,7 +66,7 @@ def show_run(folder: RunFolder) -> pd.Series:
     "Return everything recorded about a Run, one name per value; scores in percent, mean and classes."
     record = folder.record() | {"progress": folder.progress()}
     with refusing(folder):
-        return pd.Series(flatten(record) | _score_rows(folder), dtype=object)
+        return pd.concat([pd.json_normalize(record).astype(object).iloc[0], pd.Series(_score_rows(folder), dtype=object)])
 
 
 def compare_runs(folders: Sequence[RunFolder]) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from typing import Any
 from accelerate.tracking import GeneralTracker
 from tqdm import tqdm
 
-from agrivision_repro.core import Stopped, defer_signals
+from agrivision_repro.core import Stopped, defer_signals, notes_stream
 from agrivision_repro.runs.jobs import Interrupted, in_one_line, train_one, work_of
 from agrivision_repro.runs.run import Run
 from agrivision_repro.runs.workspace import Workspace
@@ -128,7 +128,7 @@ class _SideBySide:
     def train(self, n_at_once: int) -> dict[Run, str]:  # failed Runs and their errors
         "Train the Runs, the first ones first, and show how far they are."
         work = {run: work_of(run) for run in self.runs}
-        options = {"bar_format": _BAR, "smoothing": 0, "dynamic_ncols": True, "leave": False}
+        options = {"bar_format": _BAR, "smoothing": 0, "dynamic_ncols": True, "leave": False, "file": notes_stream()}
         with defer_signals() as received, tqdm(total=sum(work.values()), **options) as bar, futures.ThreadPoolExecutor(n_at_once) as pool:
             errors = {pool.submit(self.watch, run): run for run in self.runs}
             ended, waiting = set(), set(errors)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,7 +17,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 import agrivision_repro
-from agrivision_repro.core import ANEW, check_choice, read_json, write_json
+from agrivision_repro.core import ANEW, check_choice, notes_stream, read_json, write_json
 from agrivision_repro.data.batches import Statistics
 from agrivision_repro.models.deeplab import DeepLabV3Plus
 from agrivision_repro.data.synthetic_files import SyntheticConfig
@@ -276,7 +275,7 @@ def hold(path: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        print(f"another process is training the Run in {path.parent}: waiting for it", file=sys.stderr)
+        print(f"another process is training the Run in {path.parent}: waiting for it", file=notes_stream())
         lock.acquire()
     try:
         yield

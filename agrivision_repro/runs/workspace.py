@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
@@ -20,7 +19,7 @@ import pandas as pd
 import torch
 from torch.utils.data import Subset
 
-from agrivision_repro.core import Stopped, check_choice, read_json, replace_file, write_array, write_json
+from agrivision_repro.core import Stopped, check_choice, notes_stream, read_json, replace_file, write_array, write_json
 from agrivision_repro.data.batches import IMAGENET, SAMPLERS, TileDataset, dataset_statistics, rare_class_weights, thin_out
 from agrivision_repro.data.editions import fingerprint
 from agrivision_repro.data.pack import PackedTiles, count_tiles, open_split, pack_split
@@ -210,7 +209,7 @@ def _train_run(run: Run, workspace: Workspace, engine: Engine, folder: RunFolder
 
     keep(state="training")
     if accelerator.is_main_process:
-        print(f"{title}: {engine.device.type}, {engine.precision}, {trainer.speed}", file=sys.stderr)
+        print(f"{title}: {engine.title}, {trainer.speed}", file=notes_stream())
     try:
         checkpoints = _train_and_score(run, workspace, trainer, folder, title, keep)
     except (Exception, KeyboardInterrupt) as error:
@@ -261,7 +260,7 @@ def _train_and_score(run: Run, workspace: Workspace, trainer: Trainer, folder: R
     keep(resumed_at=trainer.iteration, statistics=feed.statistics, n_train=len(feed.tiles), n_val=n_val, left_out=left_out)
     if left_out and accelerator.is_main_process:
         some = ", ".join(left_out[:3]) + (", …" if len(left_out) > 3 else "")
-        print(f"{len(left_out)} tiles of {run.shared_places} are left out because both splits show their places: {some}", file=sys.stderr)
+        print(f"{len(left_out)} tiles of {run.shared_places} are left out because both splits show their places: {some}", file=notes_stream())
     accelerator.init_trackers("agrivision_repro", {"title": run.title})
     validation = tests[run.channels if run.channels in tests else run.test_inputs[0]]
     fit(trainer, feed, state, validation=validation, title=title, save_every=workspace.save_every)

@@ -12,7 +12,7 @@ import pandas as pd
 # %% auto #0
 __all__ = ['TABLE1', 'TABLE1_DECAY', 'CLASSES', 'TABLE2', 'PAPER_NORMS', 'TABLE3', 'SCHEDULE', 'CLAIMS_1', 'CLAIMS_2_3',
            'CLAIMS_4_7', 'CLAIMS', 'SENTENCES_1', 'SENTENCES_2', 'SENTENCES_3', 'SENTENCES_4', 'SENTENCES_5',
-           'NO_CLAIM', 'ROUNDING', 'UNSUPPORTED', 'Claim', 'sentence_table', 'check_arithmetic']
+           'NO_CLAIM', 'UNSUPPORTED', 'Claim', 'sentence_table']
 
 # %% ../../nbs/00_paper.ipynb #cell-05
 TABLE1 = pd.DataFrame(
@@ -248,30 +248,6 @@ def sentence_table() -> pd.DataFrame:  # one row per sentence of the paper: wher
     rows = [[part.strip() for part in line.split(" | ")] for line in lines if line]
     found = [(where, begins, *(("", words) if words in NO_CLAIM else (words, ""))) for where, begins, words in rows]
     return pd.DataFrame(found, columns=["where", "begins", "claims", "otherwise"])
-
-# %% ../../nbs/00_paper.ipynb #cell-19
-ROUNDING = 0.0101  # tolerance for the difference of two numbers rounded to two decimals
-
-
-def check_arithmetic() -> pd.DataFrame:  # row: quantity; columns: printed, recomputed, holds
-    "Recompute what the paper derives from its own tables."
-    best = TABLE2["mean"][101]
-    recomputed = {
-        **{f"decay_{c}": TABLE1.loc[c, c] - TABLE1.drop(index=c)[c].item() for c in TABLE1},
-        "val_gain": TABLE3["mean"][1, 1] - TABLE3["mean"][0, 0],  # the nearest meaningful difference
-        "lovasz_gain": TABLE3["mean"][0, 1] - TABLE3["mean"][0, 0],
-        "gain_over_resnet": best["ibn_s"] - best["bn"],
-        "gain_over_ibn_a": best["ibn_s"] - best["ibn_a"],
-        "best_backbone": TABLE2["mean"].max(),
-        "best_loss": TABLE3["mean"].max(),
-    }
-    printed = {claim.key: claim.printed for claim in CLAIMS if claim.key in recomputed}
-    for name, table in (("Table 2", TABLE2), ("Table 3", TABLE3)):
-        for row, cells in table.iterrows():
-            key = f"{name}, mean of {row[0]}, {row[1]}"
-            printed[key], recomputed[key] = cells["mean"], cells.drop("mean").mean()
-    table = pd.DataFrame({"printed": printed, "recomputed": recomputed}, index=list(recomputed)).round(3)
-    return table.assign(holds=(table.printed - table.recomputed).abs() < ROUNDING)
 
 # %% ../../nbs/00_paper.ipynb #cell-24
 UNSUPPORTED = {

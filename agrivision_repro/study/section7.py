@@ -131,7 +131,7 @@ def run_section7(
 
 
 def section7_scores(
-    results: Sequence[Result],  # of `tables.section7`
+    results: Sequence[Result],  # of `tables.fig2`
     workspace: Workspace,
 ) -> pd.DataFrame:  # per run and arm: trained_on, norm, seed, arm, experiment, tested_on, scores in %, divergence, median_channel, share_kept
     "Score all nets in all arms, and on their own modality as they are."
@@ -150,7 +150,7 @@ def section7_scores(
 
 
 def section7_classes(
-    results: Sequence[Result],  # of `tables.section7`
+    results: Sequence[Result],  # of `tables.fig2`
     workspace: Workspace,
 ) -> pd.DataFrame:  # per run, arm and class: trained_on, norm, seed, arm, class, iou, average_precision in %; NaN: absent
     "Tabulate the scores per class."

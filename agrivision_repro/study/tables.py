@@ -61,17 +61,6 @@ def fig2(
     return [plan_run(**own, channels=c, norm=norm, seed=seed) for seed in check_seeds(seeds) for norm, c in nets]
 
 
-def section7(
-    scale: str = "smoke",  # a key of `runs.SCALES`
-    data: str = "synthetic",  # a key of `data.EDITIONS`
-    seeds: Sequence[int] = (0,),  # one run of each kind per seed
-    lambda1: float = 1.0,  # weight of Dice in the loss (eq. 10)
-    lambda2: float = 1.0,  # weight of Lovász in the loss (eq. 10)
-) -> list[Run]:
-    "Return the Runs of section 7, which are those of Figure 2: interventions need no training."
-    return fig2(scale, data, seeds, lambda1, lambda2)
-
-
 def table2(
     scale: str = "smoke",  # a key of `runs.SCALES`
     data: str = "synthetic",  # a key of `data.EDITIONS`
@@ -145,7 +134,7 @@ TABLES: dict[str, Callable[..., list[Run]]] = {  # notebook → its Runs, in rea
     "table3_losses": table3,
     "fig1_blocks": no_runs,
     "fig2_divergence": fig2,
-    "section7": section7,
+    "section7": fig2,  # interventions need no training
     "section7_trained": section7_trained,
     "fig3_predictions": fig3,
     "fig_schedule": no_runs,

@@ -40,6 +40,13 @@ class Engine:
     def device(self) -> torch.device:
         return self.accelerator.device
 
+    @property
+    def title(self) -> str:
+        "Return device, processes and precision in words."
+        n, kind = self.accelerator.num_processes, self.device.type
+        processes = f", {n} processes{' (which share its cores: no faster than one)' if kind == 'cpu' else ''}" if n > 1 else ""
+        return f"{kind}{processes}, {self.precision}"
+
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 

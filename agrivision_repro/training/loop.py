@@ -11,12 +11,10 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
-from ..core import Stopped, defer_signals
+from ..core import Stopped, defer_signals, notes_stream
 from ..data.batches import Batch, TileDataset, SampleStream, scoring_loader, thin_out, training_loader
 from ..models.norms import recalibrate, sync_norms
 from .checkpoint import read_tensors, save_tensors
@@ -26,7 +24,7 @@ from .interventions import Intervention, divergence_penalty
 from .schedule import Recipe, learning_rate
 
 # %% auto #0
-__all__ = ['SAVE_EVERY', 'LOG_EVERY', 'Trainer', 'history_table', 'draw_history', 'save_state', 'load_state', 'load_batches',
+__all__ = ['SAVE_EVERY', 'LOG_EVERY', 'Trainer', 'history_table', 'save_state', 'load_state', 'load_batches',
            'any_process_signalled', 'recalibrate_norms', 'evaluate', 'check_finite', 'report_progress', 'fit']
 
 # %% ../../nbs/52_training.ipynb #cell-27
@@ -105,21 +103,6 @@ def history_table(trainer: Trainer) -> pd.DataFrame:  # a row per iteration, fro
     "Return the history of a trainer: learning rate, loss and its terms."
     table = pd.DataFrame(torch.stack(trainer.history).cpu().numpy(), columns=trainer.columns)
     return table.set_index(pd.RangeIndex(1, len(table) + 1, name="iteration"))
-
-# %% ../../nbs/52_training.ipynb #3c1eef3d
-def draw_history(
-    history: pd.DataFrame,  # of `history_table`
-    evaluations: Sequence[tuple[int, float]] = (),  # iteration, mIoU in [0, 1]
-) -> Figure:
-    "Draw the losses, smoothed over a fiftieth of the run, and the validation scores."
-    fig, axes = plt.subplots(1, 2, figsize=(8, 2.4), dpi=90, layout="constrained")
-    smooth = history.drop(columns="lr").rolling(max(len(history) // 50, 1), min_periods=1).mean()
-    smooth.plot(ax=axes[0], linewidth=1, ylabel="loss")
-    iterations, scores = zip(*evaluations, strict=True) if evaluations else ((), ())
-    axes[1].plot(iterations, [100 * s for s in scores], "o-", markersize=3)
-    axes[1].set(xlabel="iteration", ylabel="validation mIoU, %", xlim=axes[0].get_xlim())
-    plt.close(fig)
-    return fig
 
 # %% ../../nbs/52_training.ipynb #cell-31
 def save_state(trainer: Trainer, path: Path) -> None:
@@ -232,7 +215,7 @@ def _make_bar(trainer: Trainer, title: str) -> tqdm:
     "Make the progress bar of a run, counted in tiles; only the first process shows it."
     recipe, is_hidden = trainer.recipe, not trainer.engine.accelerator.is_main_process
     counts = {"total": recipe.iterations * recipe.batch_size, "initial": trainer.iteration * recipe.batch_size, "unit": "tile"}
-    return tqdm(**counts, desc=title, leave=False, dynamic_ncols=True, disable=is_hidden)
+    return tqdm(**counts, desc=title, leave=False, dynamic_ncols=True, disable=is_hidden, file=notes_stream())
 
 # %% ../../nbs/52_training.ipynb #218a4d4b
 def fit(

@@ -65,6 +65,8 @@ def test_check_survives_what_it_reports(farm, spoil, kind):
     assert f"{kind}: " in shown.stdout and "could NOT be trusted" in shown.stdout
     report = json.loads(subprocess.run([*words, "--json"], capture_output=True, text=True).stdout)
     assert {fault["kind"] for fault in report["faults"]} >= {kind} and not report["trustworthy"]
+    stats = subprocess.run([AGRIVISION, "data", "stats", *words[3:]], capture_output=True, text=True)
+    assert stats.returncode == 1 and f"faults, not included here: see agrivision data check {farm}" in stats.stderr
 
 
 def to_palette(image):

@@ -10,6 +10,8 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell, new_notebook
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -71,6 +73,22 @@ def test_papermill_with_an_unknown_parameter_fails(tmp_path):
             str(TABLE_NOTEBOOKS[0]), str(tmp_path / "out.ipynb"), {"lamda2": 0.0}, kernel_name="python3", progress_bar=False
         )
     assert not (tmp_path / "runs").exists()
+
+
+TRAINS = """
+from agrivision_repro.runs.run import plan_run
+from agrivision_repro.runs.workspace import Workspace
+result = Workspace(device="cpu").result(plan_run("smoke", "synthetic", depth=18))
+"""
+
+
+def test_training_in_a_notebook_looks_like_no_error(tmp_path):
+    "JupyterLab shows stderr in red: notes and progress bars go to stdout."
+    notebook = new_notebook(cells=[new_code_cell(TRAINS)])
+    (cell,) = NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute().cells
+    assert {output.name for output in cell.outputs} == {"stdout"}
+    printed = "".join(output.text for output in cell.outputs)
+    assert printed.startswith("ResNet18 on NRGB, seed 0: cpu, ") and "40/40" in printed
 
 
 def test_results_go_to_the_checkout_of_the_current_folder(tmp_path):

@@ -11,7 +11,7 @@ from torch import nn
 from agrivision_repro.analysis.significance import NOT_JUDGED, combine
 from agrivision_repro.data.batches import CHANNEL_LABELS, CHANNELS
 from agrivision_repro.models import backbones
-from agrivision_repro.report.render import banner_text, format_score
+from agrivision_repro.report.render import banner_text, format_score, html_table
 from agrivision_repro.runs.run import plan_run
 from agrivision_repro.runs.store import Result
 from agrivision_repro.runs.workspace import Workspace
@@ -82,3 +82,8 @@ def test_no_negative_zero():
 def test_a_short_run_says_that_nothing_is_learned():
     smoke, laptop = (banner_text([SimpleNamespace(run=plan_run(scale, "synthetic"))]) for scale in ("smoke", "laptop"))
     assert "nothing is learned" in smoke and "direction" not in smoke and "can show a direction" in laptop
+
+
+@pytest.mark.parametrize(("name", "n_rows"), [("", 2), (None, 2), ("net", 3)])
+def test_rows_without_a_name_add_no_empty_header(name, n_rows):
+    assert html_table(pd.DataFrame({"mIoU": ["50.0"]}, pd.Index(["ResNet"], name=name))).count("<tr") == n_rows

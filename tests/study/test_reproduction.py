@@ -195,6 +195,8 @@ def test_every_number_of_the_report_is_in_its_files(out):
         assert own.cells and set(own.cells) <= set(page.cells)
         assert all(scope in ("row", "col") for tag, scope in own.scopes if tag == "th")
     assert all(page.alts)
+    alts = [alt for path in out.glob("notebooks/*.html") for alt in Cells(path.read_text()).alts]
+    assert {"Verdict on each claim, after Holm, one column per data set."} < set(alts) == set(page.alts)
 
 
 def test_links_lead_somewhere(out):
@@ -277,6 +279,7 @@ def test_a_notebook_opened_by_hand_overwrites_nothing(copy):
     for name in ("tables/table1_modality.csv", "tables/table1_modality.md"):
         assert (copy / "synthetic-smoke" / name).read_bytes() == (copy / name).read_bytes()
     assert (copy / "synthetic-smoke" / "figures" / "table1_modality.png").is_file()
+    assert any("2 finished runs in `runs`, trained on" in str(output) for cell in done.cells for output in cell.get("outputs", ()))
 
 
 def test_a_report_of_another_scale_is_replaced_with_a_line(copy, capsys):
