@@ -56,9 +56,8 @@ def predict(
     "Predict images of any size: a class map, all classes as bits, a picture, and a cloud-optimized GeoTIFF if the input is georeferenced."
     from agrivision_repro.predict.scenes import find_scenes
 
-    scenes = find_scenes(images)
     options = {"tta": tta, "checkpoint": checkpoint, "channels": channels, "device": device, "precision": precision}
-    predictor, settings = _open_predictor(model, results, options)
+    (predictor, settings), scenes = _open_predictor(model, results, options), find_scenes(images)
     wanted = plan_submission(predictor.about, data_root, {scene.name for scene in scenes}) if submission else None
     work = _plan_maps(predictor, bands, scale, settings=settings, out=out, window=window, overlap=overlap, has_picture=pictures)
     sizes = _predict_all(scenes, work, predictor.about.classes)
