@@ -33,7 +33,7 @@ setup(
     python_requires=">=" + cfg["min_python"],
     packages=find_namespace_packages(include=[lib, lib + ".*"]) + [notebooks],
     package_dir={notebooks: "nbs/tables"},
-    package_data={lib: ["py.typed"], f"{lib}.report": ["templates/*.html.j2"], notebooks: ["*.ipynb"]},
+    package_data={lib: ["py.typed", "*/templates/*.j2"], notebooks: ["*.ipynb"]},
     install_requires=words("requirements"),
     extras_require={k.removesuffix("_requirements"): words(k) for k in cfg if k.endswith("_requirements")},
     entry_points={"console_scripts": words("console_scripts"), "nbdev": [f"{lib}={lib}._modidx:d"]},

@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from .models.deeplab import DeepLabV3Plus as DeepLabV3Plus
     from .models.norms import InstanceBatchNorm2d as InstanceBatchNorm2d
     from .models.norms import SwitchNorm2d as SwitchNorm2d
+    from .predict.trained import TrainedModel as TrainedModel
     from .runs.run import plan_run as plan_run
     from .runs.workspace import Workspace as Workspace
 
 _ROOMS = {
     "AveragePrecision": "metrics", "ChallengeIoU": "metrics", "DeepLabV3Plus": "models.deeplab", "HybridLoss": "losses",
-    "InstanceBatchNorm2d": "models.norms", "MultilabelIoU": "metrics", "SwitchNorm2d": "models.norms", "Workspace": "runs.workspace",
-    "create_backbone": "models.backbones", "divergence": "analysis.divergence", "plan_run": "runs.run",
+    "InstanceBatchNorm2d": "models.norms", "MultilabelIoU": "metrics", "SwitchNorm2d": "models.norms", "TrainedModel": "predict.trained",
+    "Workspace": "runs.workspace", "create_backbone": "models.backbones", "divergence": "analysis.divergence", "plan_run": "runs.run",
 }  # fmt: skip
 
 

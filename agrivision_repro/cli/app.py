@@ -11,13 +11,13 @@ from typing import Annotated
 import typer
 
 from agrivision_repro.cli.data import data_app
-from agrivision_repro.cli.predict import export, predict, submission_app
+from agrivision_repro.cli.predict import export, predict, share, submission_app
 from agrivision_repro.cli.report import report
 from agrivision_repro.cli.reproduce import plan, reproduce
 from agrivision_repro.cli.runs import runs_app, train
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
-for command in (reproduce, report, plan, train, predict, export):
+for command in (reproduce, report, plan, train, predict, export, share):
     app.command()(command)
 for name, group in {"runs": runs_app, "data": data_app, "submission": submission_app}.items():
     app.add_typer(group, name=name)

@@ -1,4 +1,4 @@
-"""`agrivision predict` and `agrivision submission`."""
+"""`agrivision predict`, `export`, `share` and `submission`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,16 @@ from agrivision_repro.cli.options import Device, Precision
 
 if TYPE_CHECKING:
     from agrivision_repro.predict.scenes import Scene
-    from agrivision_repro.runs.store import Result
+    from agrivision_repro.predict.trained import About
+    from agrivision_repro.predict.windows import Predictor
 
 _ResultsFolder = Annotated[Path, typer.Option("--results", help="Folder of all results, which contains the run.")]
+
+
+_FinishedRun = Annotated[str, typer.Argument(help="A finished run: the first digits of its id.")]
+
+
+_Checkpoint = Annotated[str, typer.Option(help="last, or best on the validation tiles.")]
 
 
 _MapsFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder of the maps.")]
@@ -27,13 +34,13 @@ _Submission = Annotated[Path | None, typer.Option("--submission", help="Write th
 
 
 def predict(
-    run: Annotated[str, typer.Argument(help="A finished run: the first digits of its id.")],
+    model: Annotated[str, typer.Argument(help="The first digits of a run's id, a folder of share, an .onnx, or your own .pt2: it can run code.")],
     images: Annotated[
         list[Path], typer.Argument(metavar="INPUT", help="TIFF, JPEG or PNG files, images/rgb/NAME.jpg, or folders of these.")
     ],
     out: _MapsFolder,
     tta: Annotated[str, typer.Option(help="none, or d4: average over the eight flips and rotations of each window.")] = "none",
-    checkpoint: Annotated[str, typer.Option(help="last, or best on the validation tiles.")] = "last",
+    checkpoint: _Checkpoint = "last",
     channels: Annotated[str, typer.Option(help="rgb or nir3, for a run on three channels. Default: its own.")] = "",
     bands: Annotated[str, typer.Option(help="Bands of red, green, blue, NIR, such as 3,2,1,4. Default: as the file declares.")] = "",
     scale: Annotated[float, typer.Option(help="Stored value that becomes 255, such as 10000 or 1. Default: files have bytes.")] = 0,
@@ -48,13 +55,12 @@ def predict(
 ):
     "Predict images of any size: a class map, all classes as bits, a picture, and a cloud-optimized GeoTIFF if the input is georeferenced."
     from agrivision_repro.predict.scenes import find_scenes
-    from agrivision_repro.runs.store import find_run
 
-    result, scenes = find_run(results, run).result(), find_scenes(images)
-    wanted = plan_submission(result.run, data_root, {scene.name for scene in scenes}) if submission else None
     options = {"tta": tta, "checkpoint": checkpoint, "channels": channels, "device": device, "precision": precision}
-    work = _plan_maps(result, options, bands, scale, out=out, window=window, overlap=overlap, has_picture=pictures)
-    sizes = _predict_all(scenes, work, result.run.edition.classes)
+    (predictor, settings), scenes = _open_predictor(model, results, options), find_scenes(images)
+    wanted = plan_submission(predictor.about, data_root, {scene.name for scene in scenes}) if submission else None
+    work = _plan_maps(predictor, bands, scale, settings=settings, out=out, window=window, overlap=overlap, has_picture=pictures)
+    sizes = _predict_all(scenes, work, predictor.about.classes)
     if len(sizes) < len(scenes):
         if submission:
             print(f"agrivision: {submission} was not written", file=sys.stderr)
@@ -64,9 +70,9 @@ def predict(
 
 
 def export(
-    run: Annotated[str, typer.Argument(help="A finished run: the first digits of its id.")],
+    run: _FinishedRun,
     file: Annotated[Path, typer.Argument(help="The file to write: NAME.pt2 (torch.export) or NAME.onnx.")],
-    checkpoint: Annotated[str, typer.Option(help="last, or best on the validation tiles.")] = "last",
+    checkpoint: _Checkpoint = "last",
     results: _ResultsFolder = Path("out"),
 ):
     "Write a trained model as one file, from bytes to logits, and compare it with the model."
@@ -76,30 +82,64 @@ def export(
     result = find_run(results, run).result()
     worst = export_model(result, file, checkpoint)
     classes = ", ".join(result.run.edition.classes)
-    print(f"{file}: {result.run.title}; R, G, B, NIR bytes (B, 4, H, W) to logits of {classes}; differs from the model by at most {worst:.1g}")
+    what = "R, G, B, NIR bytes (B, 4, H, W) to logits of"
+    print(f"{file}: {result.run.title}; {what} {classes}; differs from the model by at most {worst:.1g} of the largest logit")
+
+
+def share(
+    run: _FinishedRun,
+    folder: Annotated[Path, typer.Argument(help="A new folder: weights, description, model card.")],
+    push: Annotated[str, typer.Option(metavar="OWNER/NAME", help="Upload it to the Hugging Face Hub, a new repository as private.")] = "",
+    checkpoint: _Checkpoint = "last",
+    results: _ResultsFolder = Path("out"),
+):
+    "Write a trained model as a folder for other people, who need neither the run nor its data."
+    from agrivision_repro.predict.share import push_folder, share_run
+    from agrivision_repro.runs.store import find_run
+
+    share_run(find_run(results, run).result(), folder, checkpoint)
+    print(f"{folder}: read its README.md before others do; maps: agrivision predict {folder} IMAGE --out MAPS")
+    if push:
+        print(push_folder(folder, push))
+
+
+def _open_predictor(
+    model: str,  # the start of a Run's id, a folder of `share`, or a file of `export`
+    results: Path,
+    options: dict,  # of `windows.load_predictor`
+) -> tuple[Predictor, str]:  # the model, and what its maps depend on
+    "Open a Run, a shared folder or an exported file."
+    from agrivision_repro.predict.export import WRITERS, open_predictor
+    from agrivision_repro.predict.windows import load_predictor
+    from agrivision_repro.runs.store import find_run
+
+    path = Path(model)
+    if path.is_dir() or path.suffix in WRITERS:
+        predictor, weights = open_predictor(path, **options), path / "model.safetensors" if path.is_dir() else path
+    else:
+        result = find_run(results, model).result()
+        predictor, weights = load_predictor(result, **options), result.folder.weights(options["checkpoint"])
+    found = weights.stat()
+    return predictor, f"{weights.parent.name} {weights.name} {found.st_size} {found.st_mtime_ns} {options | {'device': ''}}"
 
 
 def _plan_maps(
-    result: Result,
-    options: dict,  # of `windows.load_predictor`
+    predictor: Predictor,
     bands: str,
     scale: float,
     **maps: object,  # of `images.predict_scene`
 ) -> Callable:  # predicts a scene
-    "Load the model, check all options before anything is computed, and say where maps go."
+    "Check all options before anything is computed, and say where maps go."
     from agrivision_repro.predict.bands import plan_reading
     from agrivision_repro.predict.images import predict_scene
-    from agrivision_repro.predict.windows import describe_model, load_predictor, own_window, window_starts
+    from agrivision_repro.predict.windows import window_starts
 
-    maps["window"] = maps["window"] or own_window(result)
+    about = predictor.about
+    maps["window"] = maps["window"] or about.window
     window_starts(1, maps["window"], maps["overlap"])
-    predictor, origin = load_predictor(result, **options), describe_model(result)
-    reading = plan_reading(predictor.channels, bands, scale)
-    weights = result.folder.weights(options["checkpoint"]).stat()
-    settings = f"{result.folder.name} {weights.st_size} {weights.st_mtime_ns} {options | {'device': ''}}"
-    print(f"{origin}; maps go to {maps['out']}")
-    classes = result.run.edition.classes
-    return partial(predict_scene, predictor=predictor, classes=classes, reading=reading, origin=origin, settings=settings, **maps)
+    reading = plan_reading(about.channels, bands, scale)
+    print(f"{about.title}; maps go to {maps['out']}")
+    return partial(predict_scene, predictor=predictor, classes=about.classes, reading=reading, origin=about.title, **maps)
 
 
 def _predict_all(
@@ -137,16 +177,16 @@ def _write_zip(labels: Path, path: Path, sizes: dict[str, tuple[int, int]]) -> N
 
 
 def plan_submission(
-    run,
+    about: About,  # of the model
     data_root: str,  # "": not given
     names: set[str],  # of the inputs
 ) -> dict[str, tuple[int, int]]:  # name of each test tile → height, width, pixels; empty: the zip covers the inputs
-    "Check that a Run and the inputs can make a submission; raise ValueError if not."
+    "Check that a model and the inputs can make a submission; raise ValueError if not."
     from agrivision_repro.predict.submission import CHALLENGE_CLASSES, tile_sizes
 
-    if run.edition.classes != CHALLENGE_CLASSES:
-        raise ValueError(f"the run's classes are {', '.join(run.edition.classes)}: a submission needs {', '.join(CHALLENGE_CLASSES)}")
-    wanted = tile_sizes(run.source.name, data_root) if data_root else {}
+    if tuple(about.classes) != CHALLENGE_CLASSES:
+        raise ValueError(f"the model's classes are {', '.join(about.classes)}: a submission needs {', '.join(CHALLENGE_CLASSES)}")
+    wanted = tile_sizes(about.data, data_root) if data_root else {}
     lacking = [name for name in wanted if name not in names]
     if lacking:
         shown = ", ".join(lacking[:4]) + ", …" * (len(lacking) > 4)

@@ -10,17 +10,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core import check_choice
-from ..data.batches import IMAGENET, Statistics, select_channels
+from .trained import About, load_trained
 from ..runs.store import Result
 from ..training.engine import Engine, make_engine
 from ..training.evaluate import TTA, predict_turned
 
 # %% auto #0
-__all__ = ['AT_ONCE', 'window_starts', 'blend_weights', 'Predictor', 'load_predictor', 'describe_model', 'own_window',
-           'blend_row', 'predict_strips', 'predict_image']
+__all__ = ['AT_ONCE', 'window_starts', 'blend_weights', 'Predictor', 'load_predictor', 'blend_row', 'predict_strips',
+           'predict_image']
 
 # %% ../../nbs/80_windows.ipynb #cell-05
 def window_starts(
@@ -50,12 +50,11 @@ def blend_weights(
 # %% ../../nbs/80_windows.ipynb #cell-10
 @dataclass(frozen=True)
 class Predictor:
-    "A model with its input channels, their normalization and test-time augmentation."
+    "A model with its description and test-time augmentation."
 
-    model: nn.Module  # `(B, 3 or 4, H, W)` to logits `(B, C, H, W)`, in evaluation mode
+    model: Callable[[Tensor], Tensor]  # R, G, B, NIR, `(B, 4, H, W)` uint8 to logits `(B, C, H, W)`, in evaluation mode
+    about: About
     engine: Engine
-    channels: str = "rgbn"  # a key of `batches.CHANNELS`
-    statistics: Statistics = IMAGENET
     tta: str = "none"  # a key of `training.TTA`
 
     @torch.no_grad()
@@ -64,8 +63,7 @@ class Predictor:
         images: Tensor,  # R, G, B, NIR, `(B, 4, H, W)` uint8
     ) -> Tensor:  # logits `(B, C, H, W)` float32, on the CPU
         "Predict windows."
-        x = select_channels(images.to(self.engine.device), self.channels, self.statistics)
-        return predict_turned(self.model, x, self.engine, self.tta).cpu()
+        return predict_turned(self.model, images.to(self.engine.device), self.engine, self.tta).cpu()
 
 # %% ../../nbs/80_windows.ipynb #cell-11
 def load_predictor(
@@ -79,21 +77,8 @@ def load_predictor(
     "Load a finished Run's model for prediction."
     check_choice("tta", tta, tuple(TTA))
     check_choice("channels", channels or result.run.channels, result.run.test_inputs)
-    if result.run.intervention == "match_nir":
-        raise ValueError("the model was trained on NIR matched to red (match_nir), which other images are not: choose another run")
-    model, engine = result.model(checkpoint), make_engine(device, precision)
-    return Predictor(model.to(engine.device), engine, channels or result.run.channels, result.statistics, tta)
-
-
-def describe_model(result: Result) -> str:
-    "Describe a model and its training data, outside of which its maps are unreliable."
-    run = result.run
-    return f"{run.title}: {run.recipe.iterations:,} iterations on {run.edition.title}"
-
-
-def own_window(result: Result) -> int:  # pixels
-    "Return the side of the crops that a Run's model was trained on."
-    return result.run.recipe.crop or 512  # whole tiles of the challenge
+    model, engine = load_trained(result, checkpoint, channels), make_engine(device, precision)
+    return Predictor(model.to(engine.device), model.about, engine, tta)
 
 # %% ../../nbs/80_windows.ipynb #cell-16
 AT_ONCE = 4  # windows per batch

@@ -23,8 +23,8 @@ from ..training.interventions import Intervention, make_intervention
 from ..training.schedule import RECIPES, Recipe
 
 # %% auto #0
-__all__ = ['SCALES', 'LATER_FIELDS', 'Scale', 'find_scale', 'Source', 'Run', 'plan_run', 'describe_run', 'run_id', 'build_model',
-           'build_loss', 'build_intervention']
+__all__ = ['SCALES', 'LATER_FIELDS', 'Scale', 'find_scale', 'Source', 'Run', 'plan_run', 'describe_run', 'run_id',
+           'model_options', 'build_model', 'build_loss', 'build_intervention']
 
 # %% ../../nbs/60_runs.ipynb #cell-05
 @dataclass(frozen=True)
@@ -172,13 +172,16 @@ def run_id(
     return hashlib.sha256(described.encode()).hexdigest()[:12]
 
 # %% ../../nbs/60_runs.ipynb #cell-17
+def model_options(run: Run) -> dict:  # JSON types
+    "Return the arguments of a Run's `DeepLabV3Plus`."
+    options = {name: getattr(run, name) for name in ("depth", "norm", "output_stride", "low_level", "multigrid")}
+    return {"n_classes": len(run.edition.classes), "in_chans": len(CHANNELS[run.channels]), "width": run.recipe.width} | options
+
+
 def build_model(run: Run) -> DeepLabV3Plus:
     "Make the model of a Run in its initial state."
     torch.manual_seed(run.seed)
-    return DeepLabV3Plus(
-        len(run.edition.classes), run.depth, run.norm, in_chans=len(CHANNELS[run.channels]), output_stride=run.output_stride,
-        low_level=run.low_level, width=run.recipe.width, pretrained=run.recipe.pretrained, multigrid=run.multigrid,
-    )  # fmt: skip
+    return DeepLabV3Plus(**model_options(run), pretrained=run.recipe.pretrained)
 
 
 def build_loss(run: Run) -> HybridLoss:

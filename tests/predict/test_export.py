@@ -7,31 +7,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from agrivision_repro.cli.app import main
-from agrivision_repro.data.batches import select_channels
-from agrivision_repro.predict.export import export_model, open_exported
+from agrivision_repro.predict.export import TOLERANCE, compare_logits, export_model, open_exported
+from agrivision_repro.predict.trained import describe_model, load_trained
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def logits_of(result, images):
-    with torch.no_grad():
-        return result.model()(select_channels(images, result.run.channels, result.statistics))
-
-
-@pytest.mark.parametrize("ending", ["pt2", "onnx"])
-def test_an_exported_model_gives_the_models_logits(result, ending, tmp_path, monkeypatch, capsys):
-    "Through the command; then read in the way of another program, on a third size."
-    if ending == "onnx":
-        pytest.importorskip("onnxruntime"), pytest.importorskip("onnxscript")
-    path = tmp_path / f"net.{ending}"
-    words = ["agrivision", "export", result.folder.name, path, "--results", result.folder.path.parents[1]]
-    monkeypatch.setattr(sys, "argv", list(map(str, words)))
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert not stop.value.code and result.run.title in capsys.readouterr().out
+@pytest.mark.parametrize("form", [2, 3])
+def test_an_exported_model_gives_the_models_logits(result, form, forms):
+    "Written by the command, then read as another program does, on a third size."
     images = torch.randint(256, (3, 4, 48, 72), dtype=torch.uint8)
-    torch.testing.assert_close(open_exported(path)(images), logits_of(result, images), rtol=1e-4, atol=1e-4)
+    exported, about = open_exported(forms[form])
+    assert compare_logits(load_trained(result), exported, images) < 2 * TOLERANCE
+    assert (list(about.classes), about.channels) == (list(result.run.edition.classes), "rgbn")
+    assert about.colors[1] == "#56b4e9" and about.options == describe_model(result).options
+
+
+def test_a_wrong_export_is_found(result):
+    model, images = load_trained(result), torch.randint(256, (1, 4, 48, 72), dtype=torch.uint8)
+    assert compare_logits(model, model, images) == 0
+    with pytest.raises(ValueError, match=r"logits of \(1, 4, 48, 72\) are off by 0.0001 of the largest"):
+        compare_logits(model, lambda x: model(x) * 1.0001, images)
 
 
 def test_what_cannot_be_exported_is_said(result, tmp_path, monkeypatch):
@@ -43,9 +39,11 @@ def test_what_cannot_be_exported_is_said(result, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_torch_hub_loads_the_nets():
-    "In a process of its own, from the checkout."
+def test_torch_hub_loads_the_nets(result, tmp_path):
+    "In a process of its own, from the checkout: a new net, and a trained model."
+    load_trained(result).save_pretrained(tmp_path)
     code = "import torch; net = torch.hub.load('.', 'deeplabv3plus', 3, 18, 'ibn_s', source='local', width=1 / 16, trust_repo=True).eval()"
     code += "; print(*net(torch.zeros(1, 4, 64, 64)).shape)"
+    code += f"; print(torch.hub.load('.', 'trained', {str(tmp_path)!r}, source='local', trust_repo=True).about.title)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.split() == ["1", "3", "64", "64"], done.stderr
+    assert done.stdout.splitlines() == ["1 3 64 64", describe_model(result).title], done.stderr

@@ -75,7 +75,7 @@ def test_a_single_window_is_the_model(size, predictor):
     "Bit by bit, whatever the sides."
     image = noise(4, *size)
     with torch.no_grad():
-        own = predictor.engine.predict(predictor.model, select_channels(torch.from_numpy(image[None]), "rgbn"))[0].numpy()
+        own = predictor.engine.predict(predictor.model.net, select_channels(torch.from_numpy(image[None]), "rgbn"))[0].numpy()
     np.testing.assert_array_equal(predict_image(predictor, image, 32), own)
     np.testing.assert_array_equal(predict_image(predictor, image, 512), own)
 
@@ -157,7 +157,7 @@ def test_tta_is_the_average_of_eight_turns(size, result, predictor):
 def test_predictions_score_what_scoring_scores(tta, result, workspace, predictor):
     "The multi-label IoU of the bits and of `training.evaluate.score_model` are the same counts."
     feed = workspace.feed(result.run, "val")
-    expected = score_model(predictor.model, feed, predictor.engine, tta)["multilabel"]["per_class"]
+    expected = score_model(predictor.model.net, feed, predictor.engine, tta)["multilabel"]["per_class"]
     turned = load_predictor(result, tta=tta, device="cpu", precision="float32")
     hits, union = np.zeros(7), np.zeros(7)
     for tile in feed.tiles:
@@ -371,10 +371,10 @@ def test_other_classes_make_no_submission(tmp_path, result):
     from dataclasses import replace
 
     from agrivision_repro.cli.predict import plan_submission
-    from agrivision_repro.runs.run import Source
+    from agrivision_repro.predict.trained import describe_model
 
-    with pytest.raises(ValueError, match="the run's classes are background, tree: a submission needs background, cloud_shadow"):
-        plan_submission(replace(result.run, source=Source("naip-trees")), "", set())
+    with pytest.raises(ValueError, match="the model's classes are background, tree: a submission needs background, cloud_shadow"):
+        plan_submission(replace(describe_model(result), classes=("background", "tree")), "", set())
 
 
 # -- the whole command
