@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from agrivision_repro.predict.trained import REPOSITORY, About, load_trained
-from agrivision_repro.runs.listing import flatten, format_percent
+from agrivision_repro.runs.listing import format_percent
 from agrivision_repro.runs.run import Run, describe_run
 from agrivision_repro.runs.store import Result, metric_label
 
@@ -51,7 +52,7 @@ def make_card(result: Result, about: About, checkpoint: str) -> ModelCard:
         _describe_card(run, found["scores"]),
         template_path=str(_TEMPLATE),
         about=about, run=run, record=result.record, repository=REPOSITORY, checkpoint=checkpoint, iteration=found["iteration"],
-        recipe=_join(recipe), fields=_join(flatten(fields)), rows=_score_rows(found["scores"]),
+        recipe=_join(recipe), fields=_join(pd.json_normalize(fields).iloc[0].to_dict()), rows=_score_rows(found["scores"]),
     )  # fmt: skip
 
 
