@@ -14,7 +14,7 @@ import papermill
 import pytest
 from export import BLOB, drop_smoke_outputs, is_smoke
 
-from agrivision_repro.report.render import banner_text
+from agrivision_repro.report.render import NOTHING_LEARNED, banner_text
 from agrivision_repro.runs.run import plan_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,13 +103,10 @@ def test_notebook_is_small_and_shows_its_outputs(path):
     assert not any("skip_exec" in c.source or "eval: false" in c.source for c in notebook.cells)
 
 
-SMOKE = "nothing is learned; this shows that the code runs"
-
-
 def smoke_outputs(notebook: nbformat.NotebookNode) -> list[int]:
     "List the cells with the banner of a run that learned nothing among their saved outputs."
     outputs = {k: json.dumps(cell.outputs) for k, cell in enumerate(notebook.cells) if cell.cell_type == "code"}
-    return [k for k, output in outputs.items() if SMOKE in output]
+    return [k for k, output in outputs.items() if NOTHING_LEARNED in output]
 
 
 @pytest.mark.parametrize("path", MODULES + TABLE_NOTEBOOKS + HOWTO_NOTEBOOKS + EXECUTED, ids=stem)
