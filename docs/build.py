@@ -9,15 +9,23 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Container
 from pathlib import Path
 
+import found
+import llms
 from api import BLOB, Module, definitions, list_modules, write_api
+from found import read_lead
 from sphinx.cmd.build import main as run_sphinx
+
+from agrivision_repro.report.results import list_results
+from agrivision_repro.study.tables import TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS, RESULTS = ROOT / "nbs", ROOT / "results"
 # the sidebar: each caption, and the notebooks of nbs/ under it, sorted by name
 PARTS = {
+    "What we found": ["answer", "benchmarks"],  # after the pages of results/
     "The paper": ["0?_*"],
     "Data": ["1?_*"],
     "Models": ["2?_*"],
@@ -26,10 +34,11 @@ PARTS = {
     "Training and runs": ["5?_*", "6[0-5]_*"],
     "Figures and report": ["6[6-9]_*", "7?_*"],
     "Prediction, deviations": ["8?_*", "9?_*"],
-    "Benchmarks": ["benchmarks"],
     "Tables and figures": ["tables/*"],
     "How-to": ["howto/*"],
 }
+FOUND = next(iter(PARTS))
+EXECUTED = re.compile(rf"{re.escape(BLOB)}/results/([\w.-]+)/notebooks/(\w+\.ipynb)")
 DIRECTIVE = re.compile(r"^#\s*\|.*\n?", re.M)
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s#]+)(?=[)#])")
 
@@ -54,12 +63,13 @@ def link_outwards(text: str, folder: Path) -> str:
             raise ValueError(f"link to {match[1]} from {folder.relative_to(ROOT)}: no such file")
         if target.is_relative_to(RESULTS) and target.suffix == ".png":
             return f"/results/{target.relative_to(RESULTS)}"
-        return match[1] if target.is_relative_to(NBS) and target.suffix in (".ipynb", ".png") else f"{BLOB}/{target.relative_to(ROOT)}"
+        is_page = target.is_relative_to(NBS) and target.suffix in (".ipynb", ".png")
+        return f"/{target.relative_to(NBS)}" if is_page else f"{BLOB}/{target.relative_to(ROOT)}"
 
     for name in re.findall(rf"{re.escape(BLOB)}/([\w./-]+\w)", text):
         if not (ROOT / name).exists():
             raise ValueError(f"link to {name} in the repository: no such file")
-    return LINK.sub(rewrite, text)
+    return EXECUTED.sub(r"/results/\1/\2", LINK.sub(rewrite, text))
 
 
 def markdown_cell(name: str, text: str) -> dict:
@@ -84,12 +94,33 @@ def stage_notebook(path: Path, stage: Path, extra: list[dict]) -> Module | None:
         source = DIRECTIVE.sub("", source).strip()
         if source:
             cells.append(cell | {"source": source, "metadata": show(cell["metadata"]), "outputs": link_tables(cell["outputs"])})
-    notebook["cells"] = cells + extra
-    target = stage / path.relative_to(NBS)
+    write_notebook(notebook | {"cells": cells + extra}, stage / path.relative_to(NBS))
+    title = "".join(cells[0]["source"]).partition("\n")[0].removeprefix("# ")
+    return Module(module, title, path.stem, labels) if module else None
+
+
+def write_notebook(notebook: dict, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(notebook), encoding="utf-8")
-    title = "".join(notebook["cells"][0]["source"]).partition("\n")[0].removeprefix("# ")
-    return Module(module, title, path.stem, labels) if module else None
+
+
+def stage_results(stage: Path) -> list[str]:  # pages
+    "Write a page per folder of results, and its executed notebooks with their outputs."
+    for name, about in list_results(RESULTS).items():
+        page = stage / "results" / name / "index.md"
+        page.parent.mkdir(parents=True)
+        page.write_text(found.write_page(name, about), encoding="utf-8")
+    for name, path, title, making in found.each_notebook():
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        made = {p.stem for p in path.parent.glob("*.ipynb")}
+        for cell in notebook["cells"]:
+            source = "".join(cell["source"])
+            is_text = cell["cell_type"] == "markdown"
+            cell.update({"source": link_outwards(source, NBS / "tables")} if is_text else {"outputs": link_tables(cell["outputs"], made)})
+        head = notebook["cells"][0]["source"].partition("\n")[2].partition("\n\nIn `nbs/tables`")[0]
+        notebook["cells"][0]["source"] = f"# {title}\n{head}\n\n{making} [All of {name}](index.md)."
+        write_notebook(notebook, stage / "results" / name / path.name)
+    return [f"results/{name}/index" for name in list_results(RESULTS)]
 
 
 def show(metadata: dict) -> dict:
@@ -97,9 +128,13 @@ def show(metadata: dict) -> dict:
     return metadata | {"tags": ["remove-input" if tag == "hide-input" else tag for tag in metadata.get("tags", [])]}
 
 
-def link_tables(outputs: list[dict]) -> list[dict]:
-    "Point links into the report to the notebook of the same name."
-    return json.loads(re.sub(r"(?:\.\./)?index\.html#(\w+)", r"\1.html", json.dumps(outputs)))
+def link_tables(outputs: list[dict], made: Container[str] = TABLES) -> list[dict]:
+    "Point links into the report to the notebook of the same name, executed beside this one if it was."
+
+    def rewrite(match: re.Match) -> str:
+        return f"{'' if match[1] in made else '../../tables/'}{match[1]}.html"
+
+    return json.loads(re.sub(r"(?:\.\./)?index\.html#(\w+)", rewrite, json.dumps(outputs)))
 
 
 def toctree(caption: str, pages: list[str]) -> dict:
@@ -107,21 +142,30 @@ def toctree(caption: str, pages: list[str]) -> dict:
     return markdown_cell(caption, "\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", "", *pages, "```"]))
 
 
-def read_lead(path: Path) -> tuple[str, str]:
-    "Return a notebook's title and the sentence quoted below it."
-    first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
-    title, _, rest = first.partition("\n")
-    return title.removeprefix("# "), " ".join(re.findall(r"^> (.*)$", rest, re.M))
+def list_pages(parts: dict[str, list[Path]]) -> dict[str, list[tuple[str, str, str]]]:  # part → title, page with its suffix, sentence
+    "List the pages of every part with the sentence that says what each teaches."
+    pages = {caption: [(*read_lead(path), str(path.relative_to(NBS))) for path in paths] for caption, paths in parts.items()}
+    for name, about in reversed(list_results(RESULTS).items()):
+        pages[FOUND].insert(0, (found.page_title(name, about), ", ".join(about["tables"]), f"results/{name}/index.md"))
+    return {caption: [(title, page, lead) for title, lead, page in own] for caption, own in pages.items()}
 
 
-def map_page(parts: dict[str, list[Path]]) -> str:
+def map_page(pages: dict[str, list[tuple[str, str, str]]]) -> str:
     "Write the map of the site: every notebook with the sentence that says what it teaches."
     lines = ["# Map", "", "Every notebook in reading order."]
-    for caption, paths in parts.items():
+    for caption, own in pages.items():
         lines += ["", f"## {caption}", "", "| notebook | what it teaches |", "|---|---|"]
-        leads = [(path.relative_to(NBS), *read_lead(path)) for path in paths]
-        lines += [f"| [{title}]({name}) | {lead} |" for name, title, lead in leads]
+        lines += [f"| [{title}]({page}) | {lead} |" for title, page, lead in own]
     return "\n".join(lines) + "\n"
+
+
+def write_llms(site: Path) -> None:
+    "Write llms.txt and llms-full.txt."
+    parts = sort_notebooks()
+    pages = {caption: [(t, str(Path(p).with_suffix(".html")), lead) for t, p, lead in own] for caption, own in list_pages(parts).items()}
+    (site / "llms.txt").write_text(llms.write_index(NBS / "index.ipynb", pages), encoding="utf-8")
+    whole = [llms.write_text(path) for path in (NBS / "index.ipynb", *(path for paths in parts.values() for path in paths))]
+    (site / "llms-full.txt").write_text("\n\n".join(whole) + "\n", encoding="utf-8")
 
 
 def stage_site(stage: Path) -> None:
@@ -129,9 +173,11 @@ def stage_site(stage: Path) -> None:
     parts = sort_notebooks()
     staged = [stage_notebook(path, stage, []) for paths in parts.values() for path in paths]
     write_api(list_modules([module for module in staged if module]), stage / "api")
-    trees = [toctree(caption, [str(p.relative_to(NBS).with_suffix("")) for p in paths]) for caption, paths in parts.items()]
+    pages = {caption: [str(p.relative_to(NBS).with_suffix("")) for p in paths] for caption, paths in parts.items()}
+    pages[FOUND] = stage_results(stage) + pages[FOUND]
+    trees = [toctree(caption, own) for caption, own in pages.items()]
     stage_notebook(NBS / "index.ipynb", stage, [toctree("Overview", ["map"]), *trees, toctree("API", ["api/index"])])
-    (stage / "map.md").write_text(map_page(parts), encoding="utf-8")
+    (stage / "map.md").write_text(map_page(list_pages(parts)), encoding="utf-8")
     for picture in [*NBS.rglob("*.png"), *RESULTS.rglob("*.png")]:
         target = stage / picture.relative_to(NBS if picture.is_relative_to(NBS) else ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -146,6 +192,7 @@ def build(out: Path) -> int:
         options = ["-b", "html", "-W", "--keep-going", "-q", "-c", str(ROOT / "docs"), "-d", str(Path(folder) / "doctrees")]
         status = run_sphinx([*options, str(stage), str(site)])
         if status == 0:
+            write_llms(site)
             (site / ".nojekyll").touch()  # otherwise GitHub Pages omits _static/
             shutil.rmtree(out, ignore_errors=True)
             shutil.copytree(site, out)

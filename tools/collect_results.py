@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from agrivision_repro.core import read_json, write_json
+from agrivision_repro.core import write_json
 from agrivision_repro.data.editions import find_edition
+from agrivision_repro.report.results import list_results
 from agrivision_repro.runs.code import code_at
 from agrivision_repro.runs.logs import read_logs, tidy_runs, write_log
 from agrivision_repro.runs.store import Result
@@ -99,7 +100,7 @@ def write_matrix(folder: Path) -> None:
 
 def write_runs(folder: Path) -> int:  # rows
     "Write the scores of all runs of all results as one table."
-    about = {path.parent.name: read_json(path) for path in sorted(folder.glob("*/about.json"))}
+    about = list_results(folder)
     classes = {name: find_edition(own["data"]).classes for name, own in about.items()}
     logs = {name: read_logs(folder / name / "logs") for name in about}
     table = tidy_runs(logs, {name: own["scale"] for name, own in about.items()}, classes)

@@ -9,14 +9,22 @@ import re
 import subprocess
 import sys
 import tempfile
+from configparser import ConfigParser
 from pathlib import Path
 
 import nbformat
 from nbconvert import MarkdownExporter
 from nbconvert.preprocessors import ExecutePreprocessor, TagRemovePreprocessor
 
+from agrivision_repro.report.results import list_results, reproduce_command
+
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
+SETTINGS = ConfigParser(delimiters=["="])
+SETTINGS.read(ROOT / "settings.ini", encoding="utf-8")
+BLOB = f"{SETTINGS['DEFAULT']['git_url']}/blob/{SETTINGS['DEFAULT']['branch']}"
+UNMADE = {"scale": "laptop", "data": "synthetic", "seeds": [0, 1, 2]}  # for a table without results
+WITHOUT_OUTPUTS = "In `nbs/tables` this notebook is saved without outputs: with its defaults nothing is learned."
 
 
 def find_notebooks(names: list[str]) -> list[Path]:
@@ -57,8 +65,35 @@ def write_readme(root: Path) -> None:
     (root / "README.md").write_text(f"<!-- generated from nbs/index.ipynb: do not edit -->\n\n{text}\n", encoding="utf-8")
 
 
+def is_smoke(notebook: nbformat.NotebookNode) -> bool:
+    "Return True if a table notebook trains at `smoke` by default, where nothing is learned."
+    return any("parameters" in cell.metadata.get("tags", []) and 'scale: str = "smoke"' in cell.source for cell in notebook.cells)
+
+
+def link_results(table: str, root: Path) -> str:  # Markdown
+    "Link to the executed notebooks of a table in results/, and name the command that makes one."
+    about, ending = list_results(root / "results"), f"notebooks/{table}.ipynb"
+    links = {name: f"[{name}]({BLOB}/results/{name}/{ending})" for name in about if (root / "results" / name / ending).is_file()}
+    command = reproduce_command(about.get(next(iter(links), ""), UNMADE), table)
+    found = f"Results: {', '.join(links.values())}. The command of the first:" if links else "Results are made by"
+    return f"{WITHOUT_OUTPUTS} {found}\n`{command}`."
+
+
+def drop_smoke_outputs(root: Path) -> None:
+    "Remove the outputs of table notebooks that train at `smoke` by default, and link to their results instead."
+    for path in sorted((root / "nbs" / "tables").glob("*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        if is_smoke(notebook):
+            for cell in notebook.cells:
+                cell.update({"outputs": []} if cell.cell_type == "code" else {})
+            head = notebook.cells[0]
+            head.source = f"{head.source.partition(WITHOUT_OUTPUTS)[0].rstrip()}\n\n{link_results(path.stem, root)}"
+            nbformat.write(notebook, path)
+
+
 def export(root: Path) -> None:
     "Export the package, clean the notebooks and write README.md in the checkout `root`."
+    drop_smoke_outputs(root)
     bin_folder = Path(sys.executable).parent
     for command in ("nbdev_export", "nbdev_clean"):
         subprocess.run([bin_folder / command], cwd=root, check=True)

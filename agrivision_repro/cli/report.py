@@ -18,8 +18,10 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder for the tables: one folder per data set.")] = Path("out/from-logs"),
 ):
     "Make all tables again from the logs of runs, and compare them with those beside the logs."
+    from agrivision_repro.report.results import list_results
+
     need_notebooks()
-    names = sorted(path.parent.name for path in source.glob("*/about.json"))
+    names = list(list_results(source))
     if not names:
         raise ValueError(f"{source} contains no NAME/about.json: name a folder of results, such as results/ of the checkout")
     differences = [line for name in names for line in _remake(name, source, out)]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 LEARNS_FROM = 100  # iterations; after fewer, scores mean nothing
+NOTHING_LEARNED = "nothing is learned; this shows that the code runs"
 
 
 def banner_text(
@@ -39,7 +40,7 @@ def banner_text(
         return f"**The paper's data and schedule.** {what}"
     verdict = "**The paper's data, not its schedule.**" if run.edition.is_papers else "**Not the paper's data.**"
     if recipe.iterations < LEARNS_FROM:
-        return f"**{recipe.iterations} iterations: nothing is learned; this shows that the code runs.** {verdict} {what}"
+        return f"**{recipe.iterations} iterations: {NOTHING_LEARNED}.** {verdict} {what}"
     return f"{verdict} These scores are on {run.edition.title}; they can show a direction, but not reproduce the paper's values. {what}"
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -13,6 +14,9 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from filelock import FileLock
+
+from agrivision_repro.report.render import NOTHING_LEARNED
+from agrivision_repro.report.results import list_results
 
 ROOT = Path(__file__).resolve().parents[2]
 NBS = ROOT / "nbs"
@@ -131,6 +135,44 @@ def test_a_parameter_says_what_its_comment_says(site):
     assert re.search(r'href="\.\./20_norms\.html#norms-\d+"', entry)
 
 
+def test_every_executed_notebook_has_a_page_that_says_how_it_was_made(site, pages):
+    "Each folder of results is in the sidebar, with its facts; its notebooks show outputs, the command, the time and the device."
+    folders = list_results(ROOT / "results")
+    assert folders
+    sidebar = {(site / urlsplit(link).path).resolve() for link in pages[site / "index.html"].links}
+    for name, about in folders.items():
+        folder = site / "results" / name
+        text = " ".join("".join(pages[folder / "index.html"].text).split())
+        assert folder / "index.html" in sidebar and f"{about['n_train']:,} for training" in text and about["trained"][0] in text
+        for path in (ROOT / "results" / name / "notebooks").glob("*.ipynb"):
+            html = (folder / f"{path.stem}.html").read_text(encoding="utf-8")
+            words = " ".join(re.sub(r"<[^>]+>", "", html).split())
+            assert f"agrivision reproduce {path.stem} --scale {about['scale']} --data {about['data']}" in words
+            assert all(device in words for device in about["device"]) and re.search(r"\d+ runs, (\d+ h )?\d+ (min|s) together", words)
+            links = pages[site / "tables" / path.with_suffix(".html").name].links
+            assert "cell_output" in html and f"../results/{name}/{path.stem}.html" in links
+
+
+def test_llms_txt_lists_every_notebook_and_the_full_text_has_them(site, pages):
+    "The format of llmstxt.org: a title, a quote, sections of links to pages that exist, each with a sentence."
+    title, quote, *sections = (site / "llms.txt").read_text(encoding="utf-8").split("\n\n")
+    assert title == "# agrivision_repro" and quote.startswith("> A notebook companion")
+    assert sections[::2] and all(re.fullmatch(r"## [^\n]+", heading) for heading in sections[::2])
+    links = [re.fullmatch(r"- \[(.+)\]\(([^)]+)\): (.+)", line) for part in sections[1::2] for line in part.strip().split("\n")]
+    assert all(links) and {site / link[2] for link in links} <= set(pages)
+    notebooks = [p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and p.stem != "index"]
+    assert {str(p.relative_to(NBS).with_suffix(".html")) for p in notebooks} <= {link[2] for link in links}
+    full = (site / "llms-full.txt").read_text(encoding="utf-8")
+    for path in notebooks:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        assert all("".join(cell["source"]).strip() in full for cell in cells), path
+    assert "iVBORw0KGgo" not in full  # pictures are outputs
+
+
+def test_no_page_shows_a_smoke_run(site):
+    assert [path for path in site.rglob("*.html") if NOTHING_LEARNED in path.read_text(encoding="utf-8")] == []
+
+
 def test_links_within_the_site_lead_somewhere(site, pages):
     assert broken_links(pages, site.resolve()) == []
 
@@ -165,7 +207,7 @@ def test_a_notebook_in_no_part_and_a_link_to_no_file_are_refused(tmp_path, monke
     import build
 
     assert build.link_outwards("[a](../CONTRIBUTING.md), [b](20_norms.ipynb#x)", NBS) == (
-        "[a](https://github.com/agrivision-repro/agrivision_repro/blob/main/CONTRIBUTING.md), [b](20_norms.ipynb#x)"
+        "[a](https://github.com/agrivision-repro/agrivision_repro/blob/main/CONTRIBUTING.md), [b](/20_norms.ipynb#x)"
     )
     for text in ("[a](gone.md)", f"{build.BLOB}/gone.md"):
         with pytest.raises(ValueError, match="no such file"):

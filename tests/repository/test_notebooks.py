@@ -1,23 +1,30 @@
 "The traps of nbdev, papermill and working directories, each closed."
 
 import ast
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import papermill
 import pytest
+from export import BLOB, drop_smoke_outputs, is_smoke
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
+
+from agrivision_repro.report.render import NOTHING_LEARNED, banner_text
+from agrivision_repro.runs.run import plan_run
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 MODULES = sorted((ROOT / "nbs").glob("*.ipynb"))
 HOWTO_NOTEBOOKS = sorted((ROOT / "nbs" / "howto").glob("*.ipynb"))
 TABLE_NOTEBOOKS = sorted((ROOT / "nbs" / "tables").glob("*.ipynb"))
+EXECUTED = sorted((ROOT / "results").glob("*/notebooks/*.ipynb"))
 
 
 def stem(path):
@@ -109,8 +116,43 @@ def test_notebook_is_small_and_shows_its_outputs(path):
     notebook = nbformat.read(path, as_version=4)
     code = [c for c in notebook.cells if c.cell_type == "code"]
     assert len(notebook.cells) <= 80 and path.stat().st_size <= 300_000
-    assert any(c.outputs for c in code), "no saved output: run make notebooks"
+    is_without = path in TABLE_NOTEBOOKS and is_smoke(notebook)
+    assert any(c.outputs for c in code) != is_without, "outputs of smoke runs, or none at all: run make notebooks"
     assert not any("skip_exec" in c.source or "eval: false" in c.source for c in notebook.cells)
+
+
+def smoke_outputs(notebook: nbformat.NotebookNode) -> list[int]:
+    "List the cells with the banner of a run that learned nothing among their saved outputs."
+    outputs = {k: json.dumps(cell.outputs) for k, cell in enumerate(notebook.cells) if cell.cell_type == "code"}
+    return [k for k, output in outputs.items() if NOTHING_LEARNED in output]
+
+
+@pytest.mark.parametrize("path", MODULES + TABLE_NOTEBOOKS + HOWTO_NOTEBOOKS + EXECUTED, ids=stem)
+def test_no_saved_output_shows_a_smoke_run(path):
+    assert smoke_outputs(nbformat.read(path, as_version=4)) == []
+
+
+def test_a_smoke_output_is_found_and_dropped(tmp_path):
+    "The banner itself is found; the export removes the outputs of a table that trains at smoke by default, and of no other."
+    banner = banner_text([SimpleNamespace(run=plan_run("smoke", "synthetic"))])
+    folder = tmp_path / "nbs" / "tables"
+    folder.mkdir(parents=True)
+    for name in ("table1_modality", "fig_schedule"):
+        notebook = nbformat.read(ROOT / "nbs" / "tables" / f"{name}.ipynb", as_version=4)
+        notebook.cells[2].outputs = [nbformat.v4.new_output("display_data", {"text/markdown": banner})]
+        assert smoke_outputs(notebook) == [2]
+        nbformat.write(notebook, folder / f"{name}.ipynb")
+    drop_smoke_outputs(tmp_path)
+    kept = {path.stem: nbformat.read(path, as_version=4) for path in folder.iterdir()}
+    assert {name: smoke_outputs(notebook) for name, notebook in kept.items()} == {"table1_modality": [], "fig_schedule": [2]}
+    head = kept["table1_modality"].cells[0].source
+    assert head.endswith("Results are made by\n`agrivision reproduce table1_modality --scale laptop --data synthetic --seeds 0,1,2`.")
+
+
+@pytest.mark.parametrize("path", EXECUTED, ids=lambda path: f"{path.parents[1].name}-{path.stem}")
+def test_a_table_links_to_its_results(path):
+    head = nbformat.read(ROOT / "nbs" / "tables" / path.name, as_version=4).cells[0].source
+    assert f"[{path.parents[1].name}]({BLOB}/{path.relative_to(ROOT)})" in head and f"`agrivision reproduce {path.stem} --scale" in head
 
 
 @pytest.mark.parametrize("path", MODULES + HOWTO_NOTEBOOKS, ids=stem)
