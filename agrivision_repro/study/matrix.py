@@ -56,5 +56,6 @@ def claims_matrix(
         if title in columns:
             raise ValueError(f"two folders judge the claims on {title}: name one folder per data set")
         own = table.set_index(["where", "key"])
-        columns[title] = own.holm.where(own.holm == own.verdict, own.verdict + ALONE)
+        is_lost = own.verdict.isin([AGREES, DISAGREES]) & (own.holm == UNDECIDED)
+        columns[title] = own.holm.mask(is_lost, own.verdict + ALONE)
     return pd.DataFrame(columns).reindex(pd.MultiIndex.from_frame(judged[["where", "key"]])).fillna(UNTESTED)
