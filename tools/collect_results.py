@@ -91,11 +91,11 @@ def main() -> None:
 
 
 def write_matrix(folder: Path) -> None:
-    "Write and draw the verdicts on every claim, one column per data set."
-    first, *others = sorted(folder.glob("*/tables/claims.csv"))
-    matrix = claims_matrix(pd.read_csv(first), [path.parents[1] for path in others])
-    matrix.to_csv(folder / "claims_matrix.csv")
-    draw_matrix(matrix).savefig(folder / "claims_matrix.png")
+    "Write and draw the verdicts on every claim, one column per data set that has them."
+    if paths := sorted(folder.glob("*/tables/claims.csv")):
+        matrix = claims_matrix(pd.read_csv(paths[0]), [path.parents[1] for path in paths[1:]])
+        matrix.to_csv(folder / "claims_matrix.csv")
+        draw_matrix(matrix).savefig(folder / "claims_matrix.png")
 
 
 def write_runs(folder: Path) -> int:  # rows

@@ -91,11 +91,14 @@ def _destroy_process_group() -> None:
 runs_app = typer.Typer(help="List runs; show one, compare several, rescore one.", invoke_without_command=True)
 
 
+_Results = Annotated[str, typer.Option("--out", "--results", help="Folder of all results.")]
+
+
 _RunId = Annotated[str, typer.Argument(help="The first digits of the run's id.")]
 
 
 @runs_app.callback()
-def runs(context: typer.Context, out: Out = "out"):
+def runs(context: typer.Context, out: _Results = "out"):
     "List all runs: state, age, data, mIoU and average precision."
     from agrivision_repro.runs.listing import list_runs
 

@@ -196,7 +196,7 @@ def test_every_number_of_the_report_is_in_its_files(out):
         assert all(scope in ("row", "col") for tag, scope in own.scopes if tag == "th")
     assert all(page.alts)
     alts = [alt for path in out.glob("notebooks/*.html") for alt in Cells(path.read_text()).alts]
-    assert {"Verdict on each claim, after Holm, one column per data set."} < set(alts) == set(page.alts)
+    assert any(alt.startswith("Verdict on each claim") for alt in alts) and set(alts) == set(page.alts)
 
 
 def test_links_lead_somewhere(out):
