@@ -79,7 +79,7 @@ def tidy_runs(
             record, run = log["record"], log["record"]["run"]
             title = record["title"].rpartition(" on ")[0]
             described = {**run, "data": run["source"]["name"], "scale": scales[name], "net": title, "id": log["id"]}
-            made = {k: record[k] for k in ("seconds", "device", "commit")} | {"iterations": log["checkpoints"]["last"]["iteration"]}
+            made = {"seconds": record["seconds"], "device": record["device"], "commit": record["commit"][:10]} | {"iterations": log["checkpoints"]["last"]["iteration"]}
             for checkpoint, found in log["checkpoints"].items():
                 for tested, metrics in found["scores"].items():
                     for metric, score in metrics.items():
