@@ -51,7 +51,7 @@ def label_run(result: Result) -> str:
     "Return what distinguishes a Run from others of its data set, and its multi-label mIoU."
     run, score = result.run, 100 * result.score(result.run.channels)
     schedule = f"λ1 = {run.dice:g}, λ2 = {run.lovasz:g}, {run.recipe.iterations:,} iterations"
-    return f"{run.title}, {schedule}: {score:.1f} % ({result.folder.name})"
+    return f"{run.title}, {schedule}, mIoU {score:.1f} % ({result.folder.name})"
 
 
 def shared_tiles(

@@ -208,8 +208,9 @@ def test_another_tile_is_another_picture(lab, browser, tmp_path):
     assert not is_blank(photograph(browser, tmp_path / "page.png"))
 
     def see() -> tuple[str, list[str]]:
-        "The tile that the slider names, and the pictures."
-        return browser.execute_script("""return [document.querySelector('.widget-readout').textContent,
+        "The tile that is named above its picture, and the pictures."
+        return browser.execute_script("""return [
+            [...document.querySelectorAll('[data-mime-type="application/vnd.jupyter.stdout"]')].at(-1).textContent.trim(),
             [...document.querySelectorAll('.jp-Notebook .jp-OutputArea-output img')].map(e => e.src)]""")
 
     names = workspace.open(rgb.run.source, "val").names

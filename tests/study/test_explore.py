@@ -32,7 +32,7 @@ def test_finished_runs_are_listed_by_data_set(pair):
     ((data, found),) = explore.finished_runs(workspace.out).items()
     assert data == "synthetic, size 64, train_fields 2, val_fields 1, test_fields 1, tiles_per_field 4, seed 0"
     assert set(found) == set(results) and len({explore.label_run(result) for result in found}) == 2
-    assert explore.label_run(results[1]).startswith("ResNet18 on NIR, seed 0, λ1 = 1, λ2 = 0, 10 iterations: ")
+    assert explore.label_run(results[1]).startswith("ResNet18 on NIR, seed 0, λ1 = 1, λ2 = 0, 10 iterations, mIoU ")
 
 
 def test_unfinished_foreign_and_weightless_runs_are_left_out(pair, tmp_path):
