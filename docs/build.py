@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS, RESULTS = ROOT / "nbs", ROOT / "results"
 # the sidebar: each caption, and the notebooks of nbs/ under it, sorted by name
 PARTS = {
-    "What we found": ["answer", "benchmarks"],  # after the pages of results/
+    "What we found": ["answer", "explore", "benchmarks"],  # after the pages of results/
     "The paper": ["0?_*"],
     "Data": ["1?_*"],
     "Models": ["2?_*"],

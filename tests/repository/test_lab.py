@@ -15,8 +15,11 @@ from urllib.parse import urlsplit
 
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
+
+from agrivision_repro.runs.run import plan_run
+from agrivision_repro.runs.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ["nbs/index.ipynb", "nbs/20_norms.ipynb", "nbs/tables/table1_modality.ipynb"]
@@ -186,6 +189,36 @@ def test_notebook_runs_in_jupyterlab(name, lab, browser, tmp_path):
     assert run_all(browser, server, name, read_cells(name)) == []
     assert find_hosts(browser) == {"127.0.0.1"}
     assert not is_blank(photograph(browser, tmp_path / "page.png"))
+
+
+def test_another_tile_is_another_picture(lab, browser, tmp_path):
+    "The page that explores finished runs: two of them in a folder of its own, and the next tile by an arrow key."
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    root, server = lab
+    workspace = Workspace(tmp_path / "runs", device="cpu", precision="float32")
+    rgb, _ = workspace.results([plan_run("smoke", "synthetic", channels=c, depth=18) for c in ("rgb", "nir3")])
+    cells = read_cells("nbs/explore.ipynb")
+    cells[1].source = cells[1].source.replace('out: str = ""', f"out: str = {str(workspace.out)!r}")
+    write_notebook(root / "nbs" / "explore.ipynb", cells)
+    cells[-1].outputs = [new_output("display_data", {"image/png": ""})] * 2  # the tile and the divergence, inside of widgets
+    assert run_all(browser, server, "nbs/explore.ipynb", cells) == []
+    assert not is_blank(photograph(browser, tmp_path / "page.png"))
+
+    def see() -> tuple[str, list[str]]:
+        "The tile that is named above its picture, and the pictures."
+        return browser.execute_script("""return [
+            [...document.querySelectorAll('[data-mime-type="application/vnd.jupyter.stdout"]')].at(-1).textContent.trim(),
+            [...document.querySelectorAll('.jp-Notebook .jp-OutputArea-output img')].map(e => e.src)]""")
+
+    names = workspace.open(rgb.run.source, "val").names
+    first, (tile, divergence) = see()
+    browser.find_element(By.CSS_SELECTOR, ".noUi-handle").send_keys(Keys.ARROW_RIGHT)
+    WebDriverWait(browser, 60).until(lambda _: len(see()[1]) == 2 and see()[1][0] != tile)
+    assert [first, see()[0]] == names[:2] and see()[1][1] == divergence
+    assert find_hosts(browser) == {"127.0.0.1"}
 
 
 def test_failures_are_seen(lab, browser):
