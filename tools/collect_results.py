@@ -95,8 +95,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).resolve().parent.parent / "results")
     args = parser.parse_args()
     workspace, folder = Workspace(args.out, args.data_root, "cpu"), args.results / args.name
-    tables = args.tables or [table for table in TABLES if table not in ON_REQUEST]
-    runs = dict.fromkeys(run for table in tables for run in (TABLES[table](args.scale, args.data, args.seeds) if TABLES[table]() else []))
+    tables = args.tables or [table for table, plan in TABLES.items() if table not in ON_REQUEST and plan()]  # those that need runs
+    runs = dict.fromkeys(run for table in tables for run in TABLES[table](args.scale, args.data, args.seeds))
     results = [result for run in runs if (result := workspace.finished(run)) is not None]
     if len(results) < len(runs):
         raise SystemExit(f"{len(runs) - len(results)} of {len(runs)} runs are not finished in {args.out}")
