@@ -215,7 +215,7 @@ def state_answer(
     helped, hurt = ((matched.verdict == v).sum() for v in (AGREES, DISAGREES))
     return (
         f"Matching the statistics of the two modalities lowers ResNet's divergence by factors down to ×{lowest:.2g}, recovers part of the decay in "
-        f"{helped} of {len(matched)} comparisons and makes it worse in {hurt}. "
+        f"{helped} of {len(matched)} comparisons and makes it worse in {hurt} ({matched.gain.min():+.1f} to {matched.gain.max():+.1f} points). "
         f"Turning the contrast round and matching mean and standard deviation recovers part of it in {(turned.verdict == AGREES).sum()} of "
         f"{len(turned)} nets ({turned.gain.min():+.1f} to {turned.gain.max():+.1f} points). "
         f"An IBN-Net scores higher than ResNet on the other modality in {gains} of {len(observed)} comparisons; "

@@ -133,7 +133,7 @@ def test_the_answer_counts_verdicts():
     recovery["arm"] = ["AdaBN", "histogram", "mean and std", "inverted", "inverted"]
     answer = section7_report.state_answer(scores, recovery, relation)
     assert "factors down to ×0.062, recovers" in answer  # 0.5 ** 4, the histogram
-    assert "part of the decay in 1 of 3 comparisons and makes it worse in 1." in answer
+    assert "part of the decay in 1 of 3 comparisons and makes it worse in 1 (-2.0 to +2.0 points)." in answer
     assert "part of it in 1 of 2 nets (+4.0 to +6.5 points)" in answer and answer.endswith("no gain that lower divergence could explain.")
     gains = section7_report.section7_relation(make_scores(slope=-2.0, gain=0.0))[0]
     assert "in 1 of 1 comparisons; its lower divergence accounts for that in 1." in section7_report.state_answer(scores, recovery, gains)
