@@ -23,14 +23,14 @@ def write_log(
     workspace: Workspace,
     folder: Path,
 ) -> None:
-    "Write the log of a Run: `ID.json`, counts of its tiles in `ID.npz`, history in `ID.csv`."
+    "Write the log of a Run: `ID.json`; counts of its tiles, and its loss at every iteration, in `ID.npz`; history in `ID.csv`."
     measured = {name: path.read_text() for name in _TEXTS if (path := result.folder / name).is_file()}
     counts = {name: np.load(path) for name in _COUNTS if (path := result.folder / name).is_file()}
     known = {"fingerprint": workspace.identify(result.run.source), "places": workspace.fields(result.run)}
     content = {"id": result.folder.name, **known, "record": result.record, "checkpoints": result.checkpoints, "measured": measured}
     replace_file(folder / f"{result.folder.name}.json", lambda p: p.write_text(json.dumps(content, separators=(",", ":")) + "\n"))
-    np.savez_compressed(folder / f"{result.folder.name}.npz", **counts)
     history = pd.read_csv(result.folder.history)
+    np.savez_compressed(folder / f"{result.folder.name}.npz", **counts, loss=history.loss.to_numpy())
     means = history.groupby((history.iteration - 1) // HISTORY_EVERY).mean().assign(iteration=lambda t: t.iteration.round().astype(int))
     replace_file(folder / f"{result.folder.name}.csv", lambda p: means.to_csv(p, index=False, float_format="%.5g"))
 
@@ -53,8 +53,11 @@ def unpack_logs(
         own = RunFolder(out / "runs" / log["id"])
         own.write_record(log["record"])
         with np.load(folder / f"{log['id']}.npz") as counts:
-            for name in counts.files:
-                write_array(own / name, counts[name])
+            for name in _COUNTS:
+                if name in counts.files:
+                    write_array(own / name, counts[name])
+            if "loss" in counts.files:
+                pd.DataFrame({"loss": counts["loss"]}).to_csv(own.history, index=False)
         for name, text in log["measured"].items():
             (own / name).write_text(text)
         own.write_scores(log["checkpoints"])
