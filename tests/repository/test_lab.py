@@ -150,7 +150,9 @@ def find_faults(seen: dict, cells: list) -> list[str]:
     code = [cell for cell in cells if cell.cell_type == "code"]
     prose = [cell.source for cell in cells if cell.cell_type == "markdown"]
     ran = sum(bool(re.fullmatch(r"\[\d+\]:", number)) for number in seen["numbers"])
-    pictures = sum("image/png" in output.get("data", {}) for cell in code for output in cell.outputs) + "".join(prose).count("![")
+    saved = [sum("image/png" in output.get("data", {}) for output in cell.outputs) for cell in code]
+    drawn = [cell.source.count("save_picture(") for cell in code]  # table notebooks are saved without outputs
+    pictures = sum(map(max, saved, drawn)) + "".join(prose).count("![")
     equations = sum("$" in re.sub(r"`[^`]*`", "", source) for source in prose)
     faults = [] if seen["idle"] else ["the kernel is busy"]
     faults += [f"{kind}: {words}" for kind in ("errors", "dialogs", "widgets", "misprints") for words in seen[kind]]
