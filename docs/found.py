@@ -41,7 +41,7 @@ def find_notebooks(name: str, about: dict) -> list[Path]:
 
 
 def page_title(name: str, about: dict) -> str:
-    "Name a folder of results by its data and scale."
+    "Return the title of a folder of results: its data and scale."
     return f"{find_edition(about['data']).title}, {about['scale']} ({name})"
 
 
@@ -51,7 +51,7 @@ def spell_run(described: dict) -> str:
 
 
 def describe_making(path: Path, about: dict) -> str:  # Markdown
-    "Say which command makes an executed notebook, how long that took, and on what."
+    "Return the command that makes an executed notebook, how long that took, and on what."
     logs = {spell_run(log["record"]["run"]): log["record"]["seconds"] for log in load_logs(path.parents[1] / "logs")}
     wanted = [spell_run(describe_run(run)) for run in TABLES[path.stem](about["scale"], about["data"], about["seeds"])]
     seconds = [logs[run] for run in dict.fromkeys(wanted) if run in logs]

@@ -27,9 +27,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         workspace = Workspace(Path(place) / "again", args.data_root, "cpu")
         runs = {own.name: own.run() for own in unpack_logs(folder / "logs", Path(place) / "logs")}
-        known = {(run.norm, run.channels, run.seed): (name, run) for name, run in runs.items()}
         for norm in args.norms.split(","):
-            name, run = next(known[key] for key in ((norm, c, about["seeds"][0]) for c in ("rgb", "rgbn")) if key in known)
+            own = {name: run for name, run in runs.items() if (run.norm, run.seed) == (norm, about["seeds"][0])}
+            name, run = min(own.items(), key=lambda item: (item[1].channels != "rgb", item[0]))
             equal[name] = workspace.result(run).checkpoints == logs[name]["checkpoints"]
             print(f"{run.title}: {'equal' if equal[name] else 'other scores'}")
     about["verified"] = {"day": date.today().isoformat(), "commit": git("rev-parse", "HEAD"), "equal": equal}

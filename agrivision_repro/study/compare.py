@@ -8,8 +8,15 @@ import numpy as np
 import pandas as pd
 
 from agrivision_repro.analysis.significance import Effect, judge, paired_effect
+from agrivision_repro.runs.run import Run
 from agrivision_repro.runs.store import Result
 from agrivision_repro.runs.workspace import Workspace
+
+
+def fields_to_draw(run: Run, workspace: Workspace) -> list[str] | None:  # of each validation tile; None: a single field, its tiles are drawn
+    "Return what a resample draws: whole fields if there are several."
+    fields = workspace.fields(run)
+    return fields if len(set(fields)) > 1 else None
 
 
 def score_gain(
@@ -21,8 +28,7 @@ def score_gain(
 ) -> Effect:  # points of multi-label mIoU
     "Estimate what one configuration gains over another."
     own, other = ([r.tile_counts(on) for r in some] for some, on in ((ours, ours_on), (others, others_on)))
-    fields = workspace.fields(ours[0].run)
-    return paired_effect(other, own, fields if len(set(fields)) > 1 else None)  # a single field: its tiles are drawn
+    return paired_effect(other, own, fields_to_draw(ours[0].run, workspace))
 
 
 def tabulate_gains(

@@ -21,6 +21,7 @@ from agrivision_repro.plots import CURVE_COLORS
 from agrivision_repro.report.render import format_score, spread
 from agrivision_repro.runs.store import Result
 from agrivision_repro.runs.workspace import Workspace
+from agrivision_repro.study.compare import fields_to_draw
 from agrivision_repro.study.figures import rank_correlation
 from agrivision_repro.study.modality import MODALITIES, OTHER
 from agrivision_repro.study.section7 import ARMS, AS_IT_IS, CHANGED, STRENGTHS, run_section7
@@ -72,8 +73,7 @@ def share_recovered(
 
 def _recover(results: Sequence[Result], workspace: Workspace) -> dict[str, tuple[Effect, Effect | None]]:
     "Estimate what each arm gains on the other modality, in points and as a share of the decay: of one net, a result per seed."
-    fields = workspace.fields(results[0].run)
-    groups = fields if len(set(fields)) > 1 else None
+    groups = fields_to_draw(results[0].run, workspace)
     own, found = [r.tile_counts() for r in results], [run_section7(r, workspace)[1] for r in results]
     counts = {name: [tiles[name] for tiles in found] for name in (AS_IT_IS, *CHANGED)}
     decay, effects = paired_effect(counts[AS_IT_IS], own, groups), {}

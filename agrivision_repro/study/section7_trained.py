@@ -19,6 +19,7 @@ from agrivision_repro.report.render import format_score, spread
 from agrivision_repro.runs.run import Run
 from agrivision_repro.runs.store import Result
 from agrivision_repro.runs.workspace import Workspace
+from agrivision_repro.study.compare import fields_to_draw
 from agrivision_repro.study.figures import reduce_curve, run_divergence
 from agrivision_repro.study.modality import OTHER
 from agrivision_repro.study.section7_report import judge_arms
@@ -34,10 +35,12 @@ class Trained:
 
     @classmethod
     def of(cls, run: Run) -> Trained:
+        "Return the arm of a Run."
         return cls(run.channels, run.norm, run.intervention)
 
     @property
     def label(self) -> str:
+        "Return the name of the net, followed by the intervention."
         return ", ".join(filter(None, (backbone_label("", self.norm), self.intervention)))
 
 
@@ -107,12 +110,10 @@ def _dose_slope(scores: pd.DataFrame, side: str) -> Effect:
 
 def _estimate(contrast: Contrast, nets: dict[Trained, list[Result]], workspace: Workspace) -> Effect:
     "Estimate a contrast from the counts of its nets."
-    counts, fields = [], []
-    for arm in contrast.weights:
-        tested = OTHER[arm.channels] if contrast.tested_on == "other" else ""
-        counts.append([result.tile_counts(tested) for result in nets[arm]])
-        fields = workspace.fields(nets[arm][0].run)
-    return contrast_effect(counts, list(contrast.weights.values()), fields if len(set(fields)) > 1 else None)
+    arms = list(contrast.weights)
+    tested = [OTHER[arm.channels] if contrast.tested_on == "other" else "" for arm in arms]
+    counts = [[result.tile_counts(on) for result in nets[arm]] for arm, on in zip(arms, tested, strict=True)]
+    return contrast_effect(counts, list(contrast.weights.values()), fields_to_draw(nets[arms[0]][0].run, workspace))
 
 
 def trained_effects(
