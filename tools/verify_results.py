@@ -6,9 +6,12 @@ usage: verify_results.py NAME [--data-root DIR] [--norms bn,ibn_s]     one run p
 from __future__ import annotations
 
 import argparse
+import re
 import tempfile
 from datetime import date
 from pathlib import Path
+
+import torch
 
 from agrivision_repro.core import read_json, write_json
 from agrivision_repro.runs.code import code_now
@@ -30,6 +33,8 @@ def main() -> None:
         for norm in args.norms.split(","):
             own = {name: run for name, run in runs.items() if (run.norm, run.seed) == (norm, about["seeds"][0])}
             name, run = min(own.items(), key=lambda item: (item[1].channels != "rgb", item[0]))
+            threads = re.search(r"(\d+) thread", logs[name]["record"]["device"])  # another number rounds differently
+            torch.set_num_threads(int(threads[1]) if threads else torch.get_num_threads())
             equal[name] = workspace.result(run).checkpoints == logs[name]["checkpoints"]
             print(f"{run.title}: {'equal' if equal[name] else 'other scores'}")
     about["verified"] = {"day": date.today().isoformat(), "commit": git("rev-parse", "HEAD"), "equal": equal}

@@ -20,6 +20,7 @@ import pytest
 
 from agrivision_repro.analysis.significance import NOT_JUDGED
 from agrivision_repro.cli.reproduce import _warn_of_replacing
+from agrivision_repro.core import read_json, write_json
 from agrivision_repro.runs.launch import launch
 from agrivision_repro.runs.run import plan_run
 from agrivision_repro.runs.store import RunFolder
@@ -162,6 +163,14 @@ def test_tables_are_made_again_from_logs(out, tmp_path):
     assert done.returncode == 1 and done.stderr.count("agrivision: ") == 1, done.stderr
     assert "table1_modality.csv: row 1, mean: " in done.stderr
     assert not list((tmp_path / "again").rglob("*.safetensors"))
+    verify = [sys.executable, ROOT / "tools" / "verify_results.py", "farm", "--results", results, "--norms", "bn"]
+    subprocess.run(verify, check=True, capture_output=True)
+    (name, is_equal), *_ = read_json(results / "farm" / "about.json")["verified"]["equal"].items()
+    assert is_equal  # trained again, with as many threads
+    log = read_json(results / "farm" / "logs" / f"{name}.json")
+    log["checkpoints"]["last"]["iteration"] += 1
+    write_json(results / "farm" / "logs" / f"{name}.json", log)
+    assert subprocess.run(verify, capture_output=True, text=True).stdout.count("other scores") == 1
 
 
 def test_a_study_on_a_bare_machine_leaves_a_record(out, tmp_path):
