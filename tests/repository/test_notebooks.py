@@ -155,6 +155,14 @@ def test_a_table_links_to_its_results(path):
     assert f"[{path.parents[1].name}]({BLOB}/{path.relative_to(ROOT)})" in head and f"`agrivision reproduce {path.stem} --scale" in head
 
 
+@pytest.mark.parametrize("path", MODULES + TABLE_NOTEBOOKS + HOWTO_NOTEBOOKS, ids=stem)
+def test_no_example_scrolls_sideways(path):
+    "JupyterLab shows about 95 columns beside its file browser; definitions keep the package's lines."
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    examples = [cell for cell in cells if not cell.startswith("#| export")]
+    assert [line for cell in examples for line in cell.splitlines() if len(line) > 88] == []
+
+
 @pytest.mark.parametrize("path", MODULES + HOWTO_NOTEBOOKS, ids=stem)
 def test_cells_are_short(path):
     "At most 25 lines, but for one class or table of constants a cell."
