@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,7 @@ from agrivision_repro.runs.workspace import Workspace
 from agrivision_repro.study.compare import fields_to_draw
 from agrivision_repro.study.figures import reduce_curve, run_divergence
 from agrivision_repro.study.modality import OTHER
+from agrivision_repro.study.section7 import run_section7
 from agrivision_repro.study.section7_report import judge_arms
 
 
@@ -77,27 +78,39 @@ CONTRASTS = (
     *(_gain("E7", IBN_S, Trained(norm="ibn_s", intervention=f"switches({o})"), s) for o in ("bn", "uniform", "shuffled") for s in SIDES),
     *(_gain("E9", Trained(norm=n, intervention="invert(0.5)"), Trained(norm=n), s) for n in ("bn", "ibn_a", "ibn_s") for s in SIDES),
     *(_gain("baseline", Trained(c, "gn"), Trained(c), s) for c in OTHER for s in SIDES),
+    _gain("baseline", Trained("rgbn", "gn"), Trained("rgbn"), "own"),
     _gain("baseline", Trained("rgbn", intervention="modality_dropout"), Trained("rgbn"), "own"),
 )  # fmt: skip
+
+
+BASELINES = (Trained(norm="gn"), Trained(intervention="modality_dropout"), Trained(intervention="AdaBN"))  # on any channels
+
+
+def _score_row(arm: Trained, seed: int, divergence: float, own: dict, other: dict | None) -> dict:  # of `trained_scores`
+    "Lay out the scores of a net on its own modality and on the other one."
+    row = {"channels": arm.channels, "norm": arm.norm, "intervention": arm.intervention, "seed": seed, "arm": arm.label, "divergence": divergence}
+    for side, scores in zip(SIDES, (own, other), strict=True):
+        for metric in ("multilabel", "average_precision"):
+            row[f"{side}_{metric}"] = 100 * scores[metric]["mean"] if scores else np.nan
+    return row
 
 
 def trained_scores(
     results: Sequence[Result],  # of `tables.section7_trained`
     workspace: Workspace,
-) -> pd.DataFrame:  # per run: channels, norm, intervention, arm, seed, divergence; mIoU and average precision in %, own and other
-    "Score every arm, and measure its divergence; NaN where a net has both modalities as input."
+) -> pd.DataFrame:  # per run: channels, norm, intervention, seed, arm, divergence; mIoU and average precision in %, own and other
+    "Score every arm, and ResNet with AdaBN, and measure the divergence; NaN where a net has both modalities as input."
     rows = []
     for result in results:
-        run, median = result.run, np.nan
+        run, arm, median, other = result.run, Trained.of(result.run), np.nan, None
+        own = result.scores[run.channels]
         if run.channels in OTHER:
-            curve = run_divergence(result, workspace)
+            curve, other = run_divergence(result, workspace), result.scores[OTHER[run.channels]]
             median = reduce_curve(curve[curve.estimator == "sample"])["median"]
-        row: dict[str, object] = {"channels": run.channels, "norm": run.norm, "intervention": run.intervention, "seed": run.seed}
-        row |= {"arm": Trained.of(run).label, "divergence": median}
-        for side, tested in (("own", run.channels), ("other", OTHER.get(run.channels))):
-            for metric in ("multilabel", "average_precision"):
-                row[f"{side}_{metric}"] = 100 * result.score(tested, metric) if tested else np.nan
-        rows.append(row)
+        rows.append(_score_row(arm, run.seed, median, own, other))
+        if other and arm == replace(PLAIN, channels=run.channels):
+            adapted = run_section7(result, workspace)[0]["AdaBN"]
+            rows.append(_score_row(replace(arm, intervention="AdaBN"), run.seed, adapted["divergence"], own, adapted["scores"]))
     return pd.DataFrame(rows)
 
 
@@ -147,6 +160,16 @@ def format_trained(scores: pd.DataFrame) -> pd.DataFrame:  # text cells; a row p
     return pd.DataFrame(rows).T
 
 
+def select_baselines(
+    scores: pd.DataFrame,  # of `trained_scores`
+) -> pd.DataFrame:  # the same columns
+    "Select the nets of Table 2 (NRGB) and Figure 2 (RGB, NIR), and below them, with a plus, baselines that the paper does not have."
+    nets, ours = ({arm.label for arm in arms} for arms in ((PLAIN, IBN_A, IBN_S), BASELINES))
+    beside = scores[scores.arm.isin(ours)]
+    shown = pd.concat([scores[scores.arm.isin(nets)], beside.assign(arm="+ " + beside.arm)])
+    return shown.sort_values("channels", key=lambda c: c.map(["rgbn", *OTHER].index), kind="stable")
+
+
 def format_effects(effects: pd.DataFrame) -> pd.DataFrame:  # text cells
     "Format contrasts with their intervals and verdicts."
     ends = [f"{low:+.1f} to {high:+.1f}" if np.isfinite(low) else "–" for low, high in zip(effects.low, effects.high, strict=True)]
@@ -159,7 +182,7 @@ def format_effects(effects: pd.DataFrame) -> pd.DataFrame:  # text cells
     }).set_axis(effects.what, axis=0)  # fmt: skip
 
 
-_MARKERS = {"": "o", "kl": "v", "sham": "^", "random_statistics": "s", "switches": "D", "invert": "*"}
+_MARKERS = {"": "o", "kl": "v", "sham": "^", "random_statistics": "s", "switches": "D", "invert": "*", "AdaBN": "P"}
 _NORMS = ("bn", "ibn_a", "ibn_s", "gn")
 
 

@@ -104,8 +104,8 @@ def section7_trained(
     arms += [rgb | {"intervention": f"random_statistics({strength})"} for strength in (0.25, 0.5, 1)]  # E5, against IBN-a
     arms += [rgb | {"norm": "ibn_s", "intervention": f"switches({order})"} for order in ("bn", "uniform", "shuffled")]  # E7
     arms += [rgb | {"norm": norm, "intervention": name} for name in ("", "invert(0.5)") for norm in ("bn", "ibn_a", "ibn_s")]  # E9
-    arms += [rgb | {"norm": norm, "channels": channels} for norm in ("bn", "gn") for channels in ("rgb", "nir3")]  # baselines
-    arms += [nrgb | {"intervention": "modality_dropout"}]
+    arms += [rgb | {"norm": norm, "channels": channels} for norm in ("bn", "ibn_a", "ibn_s", "gn") for channels in ("rgb", "nir3")]  # baselines
+    arms += [nrgb | {"norm": "gn"}, nrgb | {"intervention": "modality_dropout"}]
     return list(dict.fromkeys(plan_run(scale, data, seed=seed, **arm) for seed in check_seeds(seeds) for arm in arms))
 
 
