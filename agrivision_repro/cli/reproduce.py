@@ -248,7 +248,7 @@ def _check_can_run(runs: dict[str, list], workspace) -> None:
     if workspace.device == "auto" and not workspace.on_gpu:
         missing.append("no GPU was found (--device cpu trains without one)")
     if any(missing):
-        print(estimate(runs, workspace).as_text())
+        print(estimate(runs, workspace, seconds=5.0).as_text())
         raise ValueError(f"nothing was started: {'; '.join(filter(None, missing))}")
 
 

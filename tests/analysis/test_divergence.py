@@ -193,25 +193,28 @@ def test_mask_follows_the_stride():
     torch.testing.assert_close(got.var, wanted.var(0), rtol=1e-12, atol=0)
 
 
-def read_share(rank: int, shares: list, keep: bool) -> dict:
-    batches_a, batches_b = ([x for x in stream[rank] if len(x)] for stream in shares)
-    a, b = (measure(small_network(), batches, LAYERS, ESTIMATORS, keep) for batches in (batches_a, batches_b))
-    return {"moments": {e: tuple(m) for e, m in a.moments.items()}, "table": compare(a, b, n_resamples=20).to_dict("list")}
+def read_shares(rank: int, cuts: list) -> list[dict]:
+    found = []
+    for shares in cuts:
+        batches_a, batches_b = ([x for x in stream[rank] if len(x)] for stream in shares)
+        a, b = (measure(small_network(), batches, LAYERS, ESTIMATORS, True) for batches in (batches_a, batches_b))
+        table = compare(a, b, n_resamples=20).to_dict("list")
+        found.append({"moments": {e: tuple(m) for e, m in a.moments.items()}, "table": table})
+    return found
 
 
-@pytest.mark.parametrize("cut", [8, 0])
-def test_two_processes_are_one(tmp_path, cut):
+def test_two_processes_are_one(tmp_path):
     "Shares of unequal size, whole groups of the batch_mean each; one process may have nothing."
     a, b = streams()
-    shares = [[list(x[:cut].split(3)), list(x[cut:].split(3))] for x in (a, b)]
+    cuts = [[[list(x[:cut].split(3)), list(x[cut:].split(3))] for x in (a, b)] for cut in (8, 0)]
     alone = [measure(small_network(), x.split(5), LAYERS, ESTIMATORS, True) for x in (a, b)]
-    first, second = in_two_processes(read_share, tmp_path, shares, True)
-    pd.testing.assert_frame_equal(*(pd.DataFrame(part["table"]) for part in (first, second)), check_exact=True)
-    for estimator, own in alone[0].moments.items():
-        torch.testing.assert_close(first["moments"][estimator], tuple(own), rtol=1e-9, atol=1e-12)
     wanted = compare(*alone, n_resamples=20)
-    for column in ("divergence", "median_channel", *TRUST):
-        np.testing.assert_allclose(first["table"][column], wanted[column], rtol=1e-6)
+    for first, second in zip(*in_two_processes(read_shares, tmp_path, cuts), strict=True):
+        pd.testing.assert_frame_equal(*(pd.DataFrame(part["table"]) for part in (first, second)), check_exact=True)
+        for estimator, own in alone[0].moments.items():
+            torch.testing.assert_close(first["moments"][estimator], tuple(own), rtol=1e-9, atol=1e-12)
+        for column in ("divergence", "median_channel", *TRUST):
+            np.testing.assert_allclose(first["table"][column], wanted[column], rtol=1e-6)
 
 
 @pytest.mark.parametrize("norm", NORMS)

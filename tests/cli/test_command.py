@@ -146,7 +146,7 @@ def test_killed_and_started_again(tmp_path):
 
 def test_runs_from_any_folder(tmp_path):
     "The notebook is found, and relative --out is the caller's."
-    done = agrivision("reproduce", "table1_modality", "--scale", "smoke", "--device", "cpu", "--out", "here", cwd=tmp_path)
+    done = agrivision("reproduce", "fig_schedule", "--out", "here", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "here" / "index.html").is_file()
     assert done.stdout.strip() == f"report: {tmp_path / 'here' / 'index.html'}"

@@ -191,8 +191,12 @@ farm = SyntheticConfig(size=256, train_fields=int(sys.argv[2]), val_fields=1, te
 n_tiles = 4 * farm.train_fields
 recipe = Recipe(1, 1, 18, lr=0.01, batch_size=4, crop=32, width=1 / 16, pretrained=False)  # the same work for both
 run = replace(plan_run("smoke", "synthetic"), source=Source("synthetic", farm), recipe=recipe)
-result = Workspace(sys.argv[1], device="cpu").result(run)
-print(result.record["n_train"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+workspace = Workspace(sys.argv[1], device="cpu")
+if len(sys.argv) > 3:  # make and pack the farm
+    for split in ("train", "val"):
+        workspace.open(run.source, split)
+else:
+    print(workspace.result(run).record["n_train"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
@@ -200,9 +204,8 @@ def test_memory_does_not_grow_with_the_tiles(tmp_path):
     "A training on ten times the tiles (of which it sees eighty): less than 5 % more resident memory."
     found = []
     for n_fields in (2, 20):
-        for _ in range(2):  # the first makes and packs the farm, the second trains another time
-            shutil.rmtree(tmp_path / str(n_fields) / "runs", ignore_errors=True)
-            words = [sys.executable, "-c", MEMORY, tmp_path / str(n_fields), str(n_fields)]
+        for words in (["pack"], []):  # each in a process of its own
+            words = [sys.executable, "-c", MEMORY, tmp_path / str(n_fields), str(n_fields), *words]
             environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
             done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
         found.append([int(word) for word in done.stdout.split()])

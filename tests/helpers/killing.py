@@ -18,8 +18,8 @@ from agrivision_repro.runs.workspace import Workspace
 
 
 def small_run():
-    run = plan_run("smoke", "synthetic", channels="rgb", norm="ibn_s", lovasz=1.0)
-    return replace(run, recipe=replace(run.recipe, warmup=5, constant=35, decay=40, evaluate_every=7))
+    run = plan_run("smoke", "synthetic", depth=18, channels="rgb", norm="ibn_s", lovasz=1.0)
+    return replace(run, recipe=replace(run.recipe, warmup=5, constant=35, decay=120, evaluate_every=20))
 
 
 def attempt(out: Path) -> None:

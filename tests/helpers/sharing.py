@@ -93,7 +93,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     out, engine = Path(sys.argv[1]), make_engine("cpu", "float32")
     if "--runs" in sys.argv:
-        Workspace(out, device="cpu", precision="float32").results([plan_run("smoke", "synthetic", norm=norm) for norm in NORMS])
+        Workspace(out, device="cpu", precision="float32").results([plan_run("smoke", "synthetic", norm=norm, depth=18) for norm in NORMS])
     elif "--tiles" in sys.argv:
         score_untrained(out, engine)
     else:

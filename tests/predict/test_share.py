@@ -1,9 +1,12 @@
-"A trained model in other hands: a folder, a card, and the same maps from every form of the model."
+"A trained model in other hands: a folder, a card, an exported file for bytes of any size, and the same maps from each of them."
 
 import json
 import re
 import socket
+import subprocess
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from agrivision_repro.data.tiles import read_image
 from agrivision_repro.models.deeplab import DeepLabV3Plus
-from agrivision_repro.predict.export import TOLERANCE
+from agrivision_repro.predict.export import TOLERANCE, compare_logits, export_model, open_exported
 from agrivision_repro.predict.share import share_run
 from agrivision_repro.predict.trained import TrainedModel, describe_model, load_trained
 from agrivision_repro.predict.windows import predict_image
 
+ROOT = Path(__file__).resolve().parents[2]
 IMAGES = torch.from_numpy(noise(2, 4, 40, 56))
 
 
@@ -171,3 +175,42 @@ def test_nir_of_a_shared_model_is_what_the_run_sees(result):
         changed[:, 3] = 0
         assert torch.equal(model(IMAGES), model(changed))
         assert not torch.equal(load_trained(result)(IMAGES), load_trained(result)(changed))
+
+
+# -- exported files
+
+
+@pytest.mark.parametrize("form", [2, 3])
+def test_an_exported_model_gives_the_models_logits(result, form, forms):
+    "Written by the command, then read as another program does, on a third size."
+    images = torch.randint(256, (3, 4, 48, 72), dtype=torch.uint8)
+    exported, about = open_exported(forms[form])
+    assert compare_logits(load_trained(result), exported, images) < 2 * TOLERANCE
+    assert (list(about.classes), about.channels) == (list(result.run.edition.classes), "rgbn")
+    assert about.colors[1] == "#56b4e9" and about.options == describe_model(result).options
+
+
+def test_a_wrong_export_is_found(result):
+    model, images = load_trained(result), torch.randint(256, (1, 4, 48, 72), dtype=torch.uint8)
+    assert compare_logits(model, model, images) == 0
+    with pytest.raises(ValueError, match=r"logits of \(1, 4, 48, 72\) are off by 0.0001 of the largest"):
+        compare_logits(model, lambda x: model(x) * 1.0001, images)
+
+
+def test_what_cannot_be_exported_is_said(result, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"ends in \.pth: wanted \.pt2 or \.onnx"):
+        export_model(result, tmp_path / "net.pth")
+    monkeypatch.setattr("agrivision_repro.predict.export.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"\.onnx needs onnx, onnxscript, onnxruntime: .*or choose \.pt2"):
+        export_model(result, tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_torch_hub_loads_the_nets(result, tmp_path):
+    "In a process of its own, from the checkout: a new net, and a trained model."
+    load_trained(result).save_pretrained(tmp_path)
+    code = "import torch; net = torch.hub.load('.', 'deeplabv3plus', 3, 18, 'ibn_s', source='local', width=1 / 16, trust_repo=True).eval()"
+    code += "; print(*net(torch.zeros(1, 4, 64, 64)).shape)"
+    code += f"; print(torch.hub.load('.', 'trained', {str(tmp_path)!r}, source='local', trust_repo=True).about.title)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["1 3 64 64", describe_model(result).title], done.stderr

@@ -2,7 +2,6 @@
 
 import ast
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from agrivision_repro.report.render import NOTHING_LEARNED, banner_text
 from agrivision_repro.runs.run import plan_run
+from agrivision_repro.runs.workspace import default_out
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -98,17 +98,16 @@ def test_training_in_a_notebook_looks_like_no_error(tmp_path):
     assert printed.startswith("ResNet18 on NRGB, seed 0: cpu, ") and "40/40" in printed
 
 
-def test_results_go_to_the_checkout_of_the_current_folder(tmp_path):
+def test_results_go_to_the_checkout_of_the_current_folder(tmp_path, monkeypatch):
     "JupyterLab starts a notebook in its own folder, papermill in the caller's; outside of a checkout, the current folder is used."
-    script = "from agrivision_repro.runs.workspace import default_out; print(default_out())"
-    environment = {k: v for k, v in os.environ.items() if k != "AGRIVISION_OUT"}
+    monkeypatch.delenv("AGRIVISION_OUT", raising=False)
     other = tmp_path / "other" / "nbs"
     for folder in (other, tmp_path / "other" / "agrivision_repro"):
         folder.mkdir(parents=True)
     (tmp_path / "other" / "settings.ini").write_text("")
     for cwd, root in ((ROOT, ROOT), (ROOT / "nbs" / "tables", ROOT), (other, other.parent), (tmp_path, tmp_path)):
-        done = subprocess.run([sys.executable, "-c", script], cwd=cwd, env=environment, capture_output=True, text=True, check=True)
-        assert done.stdout == f"{root / 'out'}\n"
+        monkeypatch.chdir(cwd)
+        assert default_out() == root / "out"
 
 
 @pytest.mark.parametrize("path", MODULES + TABLE_NOTEBOOKS + HOWTO_NOTEBOOKS, ids=stem)
