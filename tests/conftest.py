@@ -5,7 +5,7 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-LONGEST = "test_reproduction test_training test_processes test_tools test_share test_command test_repository test_models test_lab test_pack".split()
+LONGEST = "test_reproduction test_training test_processes test_tools test_share test_command test_repository test_models test_lab".split()
 
 
 def pytest_collection_modifyitems(items: list) -> None:
