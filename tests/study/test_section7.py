@@ -152,7 +152,8 @@ def test_contrasts_are_differences_of_scores(tmp_path):
     workspace = Workspace(tmp_path, device="cpu")
     results = workspace.results([replace(run, depth=18) for run in tables.section7_trained()])
     scores = section7_trained.trained_scores(results, workspace)
-    effects = section7_trained.trained_effects(results, scores, workspace).set_index(["what", "tested_on"]).effect
+    effects_table = section7_trained.trained_effects(results, scores, workspace)
+    effects = effects_table.set_index(["what", "tested_on"]).effect
     table = scores.set_index(["channels", "norm", "intervention"])
     rgb, nrgb = table.loc["rgb"], table.loc["rgbn"].own_multilabel
     gain = rgb.other_multilabel["bn", "invert(0.5)"] - rgb.other_multilabel["bn", ""]
@@ -167,6 +168,11 @@ def test_contrasts_are_differences_of_scores(tmp_path):
     assert len(section7_trained.format_trained(scores)) == len(table) and section7_trained.draw_trained(scores)
     adapted = section7.run_section7(next(r for r in results if r.run.channels == "nir3" and r.run.norm == "bn"), workspace)[0]["AdaBN"]
     assert table.loc["nir3", "bn", "AdaBN"].other_multilabel == 100 * adapted["scores"]["multilabel"]["mean"]
+    assert section7_trained.state_trained(scores, effects_table) == "With fewer than three seeds nothing is judged."
+    judged = effects_table.assign(verdict=np.where(effects_table.effect > 0, AGREES, DISAGREES))
+    gains = [rgb.other_multilabel["bn", dose] - rgb.other_multilabel["bn", ""] for dose in section7_trained.DOSES]
+    said = f"on the other modality in {sum(g > 0 for g in gains)} of 4 ({min(gains):+.1f} to {max(gains):+.1f} points) doses"
+    assert said in section7_trained.state_trained(scores, judged)
     rows = section7_trained.format_trained(section7_trained.select_baselines(scores))
     assert [row for row in rows.index if "+" in row and "NRGB" in row] == ["+ ResNet-gn on NRGB", "+ ResNet, modality_dropout on NRGB"]
     assert list(rows.index[-5:]) == [f"{net} on NIR" for net in ("ResNet", "IBN-Net-a", "IBN-Net-s", "+ ResNet, AdaBN", "+ ResNet-gn")]
