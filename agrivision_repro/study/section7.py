@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import repeat
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from agrivision_repro.analysis.interventions import (
     Intervened, Intervention, adapt_norms, apply_to, invert_contrast, match_amplitude, match_histogram, match_moments, random_gain_offset,
 )  # fmt: skip
 from agrivision_repro.analysis.moments import measure
-from agrivision_repro.core import read_json, write_array, write_json
+from agrivision_repro.core import read_json, worker_pool, write_array, write_json
 from agrivision_repro.data.batches import TileDataset, scoring_loader, thin_out
 from agrivision_repro.runs.run import Run
 from agrivision_repro.runs.store import Result
@@ -117,17 +118,54 @@ def _adapt(model: nn.Module, inputs: list, engine: Engine) -> nn.Module:
         return adapt_norms(model, inputs)
 
 
+_DESIGN = repr((ARMS, STRENGTHS, N_FIT))
+
+
+def _is_evaluated(result: Result) -> bool:
+    "Return True if a net is scored in every arm, as the arms are now."
+    path = result.folder / "section7.json"
+    return path.is_file() and (result.folder / "section7.npy").is_file() and read_json(path)["design"] == _DESIGN
+
+
 def run_section7(
     result: Result,  # of a Run on `rgb` or `nir3`
     workspace: Workspace,
 ) -> tuple[dict, dict[str, np.ndarray]]:  # of `evaluate_arms`; arm → counts, `(N, C, 2)` int64
     "Score a net in every arm, or load it if already done."
-    path, tiles, design = result.folder / "section7.json", result.folder / "section7.npy", repr((ARMS, STRENGTHS, N_FIT))
-    if not (path.is_file() and tiles.is_file() and read_json(path)["design"] == design):
+    path, tiles = result.folder / "section7.json", result.folder / "section7.npy"
+    if not _is_evaluated(result):
         found, counts = _evaluate_arms(result, workspace)
         write_array(tiles, counts)
-        write_json(path, {"design": design, "arms": found})
+        write_json(path, {"design": _DESIGN, "arms": found})
     return read_json(path)["arms"], dict(zip(ARMS, np.load(tiles, allow_pickle=False), strict=True))
+
+
+_HERE_UP_TO = 500  # tiles to score; more are worth a second process
+
+
+def _evaluate_group(runs: Sequence[Run], kwargs: dict, n_threads: int) -> None:
+    "Score nets of one training modality, in a process of its own."
+    torch.set_num_threads(n_threads)
+    workspace = Workspace(**kwargs)
+    for run in runs:
+        run_section7(workspace.result(run), workspace)
+
+
+def evaluate_nets(
+    results: Sequence[Result],  # of Runs on `rgb` or `nir3`
+    workspace: Workspace,
+) -> None:
+    "Score those nets in every arm that are not scored yet; on a CPU, long work takes a process per training modality."
+    groups: dict[str, list[Run]] = {}
+    for result in results:
+        if not _is_evaluated(result):
+            groups.setdefault(result.run.channels, []).append(result.run)
+    n_tiles = sum(len(workspace.tiles(run, "val")) for runs in groups.values() for run in runs)
+    if len(groups) < 2 or n_tiles <= _HERE_UP_TO or workspace.on_gpu:
+        return  # `run_section7` does it when asked
+    n_threads = max(torch.get_num_threads() // len(groups), 1)
+    with worker_pool(len(groups), is_fresh=True) as pool:
+        list(pool.map(_evaluate_group, groups.values(), repeat(workspace.as_kwargs()), repeat(n_threads)))
 
 
 def section7_scores(
@@ -135,6 +173,7 @@ def section7_scores(
     workspace: Workspace,
 ) -> pd.DataFrame:  # per run and arm: trained_on, norm, seed, arm, experiment, tested_on, scores in %, divergence, median_channel, share_kept
     "Score all nets in all arms, and on their own modality as they are."
+    evaluate_nets(results, workspace)
     rows = []
     for result in results:
         run, found = result.run, run_section7(result, workspace)[0]

@@ -55,6 +55,16 @@ def test_arms_are_measured_once_unless_their_design_changed(study):
     assert read_json(path)["design"] != "another"
 
 
+def test_two_processes_find_the_same(study, monkeypatch):
+    "A process per training modality; what a net is scored on is no matter of chance."
+    workspace, results, scores = study
+    for result in results:
+        (result.folder / "section7.npy").unlink()
+    monkeypatch.setattr(section7, "_HERE_UP_TO", 0)
+    monkeypatch.setattr(section7, "_evaluate_arms", None)  # nothing is left for this process
+    pd.testing.assert_frame_equal(section7.section7_scores(results, workspace), scores)
+
+
 def test_matched_moments_reach_the_first_layer(study):
     "Each arm is another condition: no two have the same counts and divergence, but for AdaBN's control on few tiles."
     scores = study[2]
