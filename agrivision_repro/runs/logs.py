@@ -16,7 +16,7 @@ from agrivision_repro.runs.store import Result, RunFolder
 from agrivision_repro.runs.workspace import KNOWN, Workspace, describe_source
 
 HISTORY_EVERY = 10  # iterations averaged per row of a log's history
-_TEXTS = ("divergence.csv", "switches.csv", "section7.json")  # files in a run folder, if there
+_TEXTS = ("divergence.csv", "switches.csv", "section7.json", "contrasts.csv")  # files in a run folder, if there
 _COUNTS = ("tiles.npy", "section7.npy")
 
 
