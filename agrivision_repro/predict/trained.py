@@ -33,6 +33,11 @@ class About:
     window: int  # side of the crops that it was trained on, pixels
     options: dict  # of `DeepLabV3Plus`
 
+    def __post_init__(self):
+        "Turn the lists of a JSON file into tuples, so that descriptions compare."
+        for name, values in {"classes": self.classes, "colors": self.colors, "statistics": map(tuple, self.statistics)}.items():
+            object.__setattr__(self, name, tuple(values))
+
 
 class TrainedModel(
     nn.Module, PyTorchModelHubMixin, library_name="agrivision_repro", repo_url=REPOSITORY, pipeline_tag="image-segmentation"

@@ -5,7 +5,7 @@ import re
 import socket
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +42,7 @@ def test_a_folder_gives_the_same_logits_without_network(norm, result, tmp_path, 
     again = TrainedModel.from_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(again(IMAGES), model(IMAGES)) and not again.training
-    assert json.dumps(asdict(again.about), sort_keys=True) == json.dumps(asdict(about), sort_keys=True)
+    assert again.about == about
 
 
 def test_the_card(shared, result):
@@ -59,7 +59,7 @@ def test_the_card(shared, result):
     assert {p.name for p in shared.iterdir()} == {"README.md", "config.json", "model.safetensors"}
     (example,) = re.findall(r"```python\n(.*?)```", card.text, re.S)
     exec(example, names := {"source": shared})
-    assert names["labels"].shape == (1, 512, 512) and names["model"].about.classes == list(run.edition.classes)
+    assert names["labels"].shape == (1, 512, 512) and names["model"].about.classes == run.edition.classes
 
 
 def test_a_folder_in_use_is_not_overwritten(shared, result):
@@ -186,8 +186,8 @@ def test_an_exported_model_gives_the_models_logits(result, form, forms):
     images = torch.randint(256, (3, 4, 48, 72), dtype=torch.uint8)
     exported, about = open_exported(forms[form])
     assert compare_logits(load_trained(result), exported, images) < 2 * TOLERANCE
-    assert (list(about.classes), about.channels) == (list(result.run.edition.classes), "rgbn")
-    assert about.colors[1] == "#56b4e9" and about.options == describe_model(result).options
+    assert about == describe_model(result) and (about.classes, about.channels) == (result.run.edition.classes, "rgbn")
+    assert about.colors[1] == "#56b4e9"
 
 
 def test_a_wrong_export_is_found(result):
