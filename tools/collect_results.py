@@ -97,7 +97,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).resolve().parent.parent / "results")
     args = parser.parse_args()
     workspace, folder = Workspace(args.out, args.data_root, "cpu"), args.results / args.name
-    tables = args.tables or [table for table, plan in TABLES.items() if table not in ON_REQUEST and plan()]  # those that need runs
+    made = {path.stem for path in (Path(args.report or args.out) / "tables").glob("*.csv")}
+    tables = args.tables or [table for table, plan in TABLES.items() if plan() and (table not in ON_REQUEST or table in made)]
     runs = dict.fromkeys(run for table in tables for run in TABLES[table](args.scale, args.data, args.seeds))
     results = [result for run in runs if (result := workspace.finished(run)) is not None]
     if len(results) < len(runs):

@@ -25,14 +25,14 @@ def write_log(
     workspace: Workspace,
     folder: Path,
 ) -> None:
-    "Write the log of a Run: `ID.json`; counts of its tiles, and its loss at every iteration, in `ID.npz`; history in `ID.csv`."
-    measured = {name: _shorten(path.read_text()) for name in _TEXTS if (path := result.folder / name).is_file()}
+    "Write the log of a Run: `ID.json`; in `ID.npz`, a zip file, counts of its tiles, its loss at every iteration and what was measured; history in `ID.csv`."
+    texts = {name: _shorten(path.read_text()) for name in _TEXTS if (path := result.folder / name).is_file()}
     counts = {name: np.load(path) for name in _COUNTS if (path := result.folder / name).is_file()}
     known = {"fingerprint": workspace.identify(result.run.source), "places": workspace.fields(result.run)}
-    content = {"id": result.folder.name, **known, "record": result.record, "checkpoints": result.checkpoints, "measured": measured}
+    content = {"id": result.folder.name, **known, "record": result.record, "checkpoints": result.checkpoints}
     replace_file(folder / f"{result.folder.name}.json", lambda p: p.write_text(json.dumps(content, separators=(",", ":")) + "\n"))
     history = pd.read_csv(result.folder.history)
-    _write_arrays(folder / f"{result.folder.name}.npz", counts | {"loss": history.loss.to_numpy()})
+    _write_zip(folder / f"{result.folder.name}.npz", counts | {"loss": history.loss.to_numpy()}, texts)
     means = history.groupby((history.iteration - 1) // HISTORY_EVERY).mean().assign(iteration=lambda t: t.iteration.round().astype(int))
     replace_file(folder / f"{result.folder.name}.csv", lambda p: means.to_csv(p, index=False, float_format="%.5g"))
 
@@ -44,9 +44,11 @@ def _shorten(text: str) -> str:
     return re.sub(r"\d+\.\d{12,}(e-?\d+)?", lambda number: f"{float(number[0]):.12g}", text)
 
 
-def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    "Write arrays as `np.load` reads them, whole numbers in their smallest type: half the size of `np.savez_compressed`."
+def _write_zip(path: Path, arrays: dict[str, np.ndarray], texts: dict[str, str]) -> None:
+    "Write arrays and texts as `np.load` reads them, whole numbers in their smallest type: half the size of `np.savez_compressed`."
     with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as file:
+        for name, text in texts.items():
+            file.writestr(name, text)
         for name, values in arrays.items():
             small = values.astype(np.min_scalar_type(values.max())) if values.dtype.kind == "i" else values
             with file.open(f"{name}.npy", "w") as member:
@@ -76,8 +78,9 @@ def unpack_logs(
                     write_array(own / name, counts[name].astype(np.int64))
             if "loss" in counts.files:
                 pd.DataFrame({"loss": counts["loss"]}).to_csv(own.history, index=False)
-        for name, text in log["measured"].items():
-            (own / name).write_text(text)
+            for name in _TEXTS:
+                if name in counts.files:
+                    (own / name).write_bytes(counts[name])
         own.write_scores(log["checkpoints"])
         known["fingerprints"][describe_source(own.run().source)] = log["fingerprint"]
         known["places"][log["id"]] = log["places"]

@@ -70,6 +70,7 @@ def _shrinkage(norm: str) -> Contrast:
 PLAIN, IBN_A, IBN_S = Trained(), Trained(norm="ibn_a"), Trained(norm="ibn_s")
 DOSES = ("kl(0.01)", "kl(0.03)", "kl(0.1)", "kl(0.3)")  # weights of the divergence in the loss
 SIDES = ("own", "other")
+SLOPE = "divergence lower by a factor of e"
 CONTRASTS = (
     *(_shrinkage(norm) for norm in ("ibn_a", "ibn_s")),
     *(_gain("E4", Trained(intervention=dose), PLAIN) for dose in DOSES),
@@ -139,7 +140,7 @@ def trained_effects(
     for result in sorted(results, key=lambda r: r.run.seed):
         nets.setdefault(Trained.of(result.run), []).append(result)
     effects = {(c.experiment, c.what, c.tested_on): _estimate(c, nets, workspace) for c in CONTRASTS}
-    effects |= {("E4", "divergence lower by a factor of e", side): _dose_slope(scores, side) for side in SIDES}
+    effects |= {("E4", SLOPE, side): _dose_slope(scores, side) for side in SIDES}
     rows = []
     for experiment in dict.fromkeys(key[0] for key in effects):
         own = {key: effect for key, effect in effects.items() if key[0] == experiment}
@@ -156,18 +157,20 @@ def state_trained(
     if (effects.verdict == NOT_JUDGED).all():
         return "With fewer than three seeds nothing is judged."
 
-    def count(rows: pd.DataFrame, verdict: str = AGREES) -> str:
-        return f"{(rows.verdict == verdict).sum()} of {len(rows)} ({rows.effect.min():+.1f} to {rows.effect.max():+.1f} points)"
+    def count(rows: pd.DataFrame, what: str, verdict: str = AGREES) -> str:
+        return f"{(rows.verdict == verdict).sum()} of {len(rows)} {what} ({rows.effect.min():+.1f} to {rows.effect.max():+.1f} points)"
 
     rgb = scores[(scores.channels == "rgb") & (scores.norm == "bn")]
     logs = np.log(rgb.divergence).groupby(rgb.intervention).mean()
     doses = effects[(effects.experiment == "E4") & effects.what.str.endswith(f" − {PLAIN.label}")]
+    slope = effects[(effects.what == SLOPE) & (effects.tested_on == "other")].iloc[0]
     own, other = (effects[(effects.experiment == "E9") & (effects.tested_on == side)] for side in SIDES)
     return (
         f"The divergence as a term of the loss lowers ResNet's by factors down to ×{np.exp(logs[list(DOSES)].min() - logs['']):.2g} and raises the "
-        f"score on the other modality in {count(doses)} doses. Inverted samples in training raise it in {count(other)} nets, and lower the score "
-        f"on the own modality in {count(own, DISAGREES)}. IBN-Net-s scores higher than with frozen switches, which have its capacity but not its "
-        f"choice, in {count(effects[effects.experiment == 'E7'])} comparisons."
+        f"score on the other modality in {count(doses, 'doses')}; a fall by a factor of e is worth {slope.effect:+.1f} points "
+        f"({slope.low:+.1f} to {slope.high:+.1f}). Inverted samples in training raise it in {count(other, 'nets')}, and lower the score on the own "
+        f"modality in {count(own, 'nets', DISAGREES)}. IBN-Net-s scores higher than with frozen switches, which have its capacity but not its "
+        f"choice, in {count(effects[effects.experiment == 'E7'], 'comparisons')}."
     )
 
 

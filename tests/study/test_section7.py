@@ -181,7 +181,7 @@ def test_contrasts_are_differences_of_scores(tmp_path):
     assert section7_trained.state_trained(scores, effects_table) == "With fewer than three seeds nothing is judged."
     judged = effects_table.assign(verdict=np.where(effects_table.effect > 0, AGREES, DISAGREES))
     gains = [rgb.other_multilabel["bn", dose] - rgb.other_multilabel["bn", ""] for dose in section7_trained.DOSES]
-    said = f"on the other modality in {sum(g > 0 for g in gains)} of 4 ({min(gains):+.1f} to {max(gains):+.1f} points) doses"
+    said = f"on the other modality in {sum(g > 0 for g in gains)} of 4 doses ({min(gains):+.1f} to {max(gains):+.1f} points); "
     assert said in section7_trained.state_trained(scores, judged)
     rows = section7_trained.format_trained(section7_trained.select_baselines(scores))
     assert [row for row in rows.index if "+" in row and "NRGB" in row] == ["+ ResNet-gn on NRGB", "+ ResNet, modality_dropout on NRGB"]
