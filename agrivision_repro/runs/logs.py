@@ -32,7 +32,8 @@ def write_log(
     content = {"id": result.folder.name, **known, "record": result.record, "checkpoints": result.checkpoints}
     replace_file(folder / f"{result.folder.name}.json", lambda p: p.write_text(json.dumps(content, separators=(",", ":")) + "\n"))
     history = pd.read_csv(result.folder.history)
-    _write_zip(folder / f"{result.folder.name}.npz", counts | {"loss": history.loss.to_numpy()}, texts)
+    arrays = counts | {"loss": history.loss.to_numpy()}
+    replace_file(folder / f"{result.folder.name}.npz", lambda p: _write_zip(p, arrays, texts))
     means = history.groupby((history.iteration - 1) // HISTORY_EVERY).mean().assign(iteration=lambda t: t.iteration.round().astype(int))
     replace_file(folder / f"{result.folder.name}.csv", lambda p: means.to_csv(p, index=False, float_format="%.5g"))
 

@@ -14,9 +14,9 @@ from agrivision_repro.data.tiles import Tile, unpack_labels
 from agrivision_repro.plots import CURVE_COLORS
 from agrivision_repro.runs.store import Result
 from agrivision_repro.runs.workspace import Workspace
-from agrivision_repro.study.section7 import AS_IT_IS
+from agrivision_repro.study.section7 import ARMS, AS_IT_IS
 
-INVERTED = "inverted, mean and std"  # the arm of E9
+INVERTED = next(name for name, arm in ARMS.items() if arm.experiment == "E9")  # and matched in mean and standard deviation
 _LEAST = 30  # pixels of a class, and of the rest of its tile
 
 
