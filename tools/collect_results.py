@@ -21,7 +21,7 @@ import pandas as pd
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from agrivision_repro.core import write_json
+from agrivision_repro.core import read_json, write_json
 from agrivision_repro.data.editions import find_edition
 from agrivision_repro.report.results import list_results
 from agrivision_repro.runs.code import code_at
@@ -46,6 +46,16 @@ def tell_about(results: list[Result], args: argparse.Namespace, tables: list[str
     return asked | tiles | took | made | versions | {"code": code}
 
 
+def keep_verified(about: dict, known: dict) -> dict:
+    "Return `about` with the code that made the same runs again, as `verify_results.py` noted it."
+    return about | {key: known[key] for key in ("code", "verified") if "verified" in known}
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    "Return the content of the files of a folder by name."
+    return {path.name: path.read_bytes() for path in folder.glob("*")}
+
+
 def copy_products(out: Path, folder: Path, tables: list[str], data_root: str) -> None:
     "Copy the tables, figures and notebooks of the report; paths of this machine are replaced."
     paths = {str(out.resolve()): f"out/{folder.name}", str(Path(data_root).resolve()) if data_root else "": folder.name}
@@ -64,12 +74,12 @@ def copy_products(out: Path, folder: Path, tables: list[str], data_root: str) ->
 
 
 def shrink(png: bytes) -> bytes:
-    "Reduce a picture to 64 colors, a fifth of its size; its description stays."
+    "Reduce a picture to 64 colors, thin lines included, a fifth of its size; its description stays."
     picture, small = Image.open(io.BytesIO(png)), io.BytesIO()
     described = PngInfo()
     for key, text in picture.text.items():
         described.add_text(key, text)
-    picture.convert("RGB").quantize(64).save(small, "png", optimize=True, pnginfo=described)
+    picture.convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE, kmeans=1).save(small, "png", optimize=True, pnginfo=described)
     return small.getvalue()
 
 
@@ -103,11 +113,13 @@ def main() -> None:
     results = [result for run in runs if (result := workspace.finished(run)) is not None]
     if len(results) < len(runs):
         raise SystemExit(f"{len(runs) - len(results)} of {len(runs)} runs are not finished in {args.out}")
+    logs = read_files(folder / "logs")
     shutil.rmtree(folder / "logs", ignore_errors=True)
     for result in results:
         write_log(result, workspace, folder / "logs")
     copy_products(Path(args.report or args.out), folder, tables, args.data_root)
-    write_json(folder / "about.json", tell_about(results, args, tables))
+    about, path = tell_about(results, args, tables), folder / "about.json"
+    write_json(path, keep_verified(about, read_json(path)) if logs and logs == read_files(folder / "logs") else about)
     write_matrix(args.results)
     print(f"{folder}: {len(results)} runs; {args.results / 'runs.csv'}: {write_runs(args.results)} rows")
 

@@ -49,7 +49,7 @@ def _write_zip(path: Path, arrays: dict[str, np.ndarray], texts: dict[str, str])
     "Write arrays and texts as `np.load` reads them, whole numbers in their smallest type: half the size of `np.savez_compressed`."
     with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as file:
         for name, text in texts.items():
-            file.writestr(name, text)
+            file.writestr(zipfile.ZipInfo(name), text, zipfile.ZIP_LZMA)  # without the time: the same bytes every time
         for name, values in arrays.items():
             small = values.astype(np.min_scalar_type(values.max())) if values.dtype.kind == "i" else values
             with file.open(f"{name}.npy", "w") as member:

@@ -102,6 +102,7 @@ def draw_polarity(
     ax.axhline(0, color="0.6", linewidth=0.8)
     ax.set(xlabel="tiles in which the contrast of the class is opposite in NIR, %", ylabel="average precision gained\nby inversion, points")
     ax.set_xlim(-4, 116)
-    ax.legend(fontsize=8, frameon=False, loc="upper left")
+    if len(tables) > 1:
+        ax.legend(fontsize=8, frameon=False, loc="upper left")
     plt.close(fig)
     return fig

@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from agrivision_repro.analysis.significance import AGREES, DISAGREES, NOT_JUDGED, Effect, combine, contrast_effect
 from agrivision_repro.data.batches import CHANNEL_LABELS
@@ -70,7 +71,7 @@ def _shrinkage(norm: str) -> Contrast:
 PLAIN, IBN_A, IBN_S = Trained(), Trained(norm="ibn_a"), Trained(norm="ibn_s")
 DOSES = ("kl(0.01)", "kl(0.03)", "kl(0.1)", "kl(0.3)")  # weights of the divergence in the loss
 SIDES = ("own", "other")
-SLOPE = "divergence lower by a factor of e"
+WHOLE_FALL = "lowest − highest divergence, on a line through the doses"
 CONTRASTS = (
     *(_shrinkage(norm) for norm in ("ibn_a", "ibn_s")),
     *(_gain("E4", Trained(intervention=dose), PLAIN) for dose in DOSES),
@@ -115,11 +116,11 @@ def trained_scores(
     return pd.DataFrame(rows)
 
 
-def _dose_slope(scores: pd.DataFrame, side: str) -> Effect:
-    "Estimate what a fall of ResNet's divergence by a factor of e is worth in points, over the doses of the penalty."
+def _estimate_fall(scores: pd.DataFrame, side: str) -> Effect:
+    "Estimate what the whole fall of ResNet's divergence, from the highest to the lowest over the doses of the penalty, is worth in points."
     arms = scores[(scores.channels == "rgb") & (scores.norm == "bn") & scores.intervention.isin(["", *DOSES])].sort_values("seed")
-    slopes = [np.polyfit(np.log(own.divergence), own[f"{side}_multilabel"], 1)[0] for _, own in arms.groupby("seed")]
-    return combine([-slope for slope in slopes])
+    lines = [(np.log(own.divergence), own[f"{side}_multilabel"]) for _, own in arms.groupby("seed")]
+    return combine([-np.polyfit(log, score, 1)[0] * np.ptp(log) for log, score in lines])
 
 
 def _estimate(contrast: Contrast, nets: dict[Trained, list[Result]], workspace: Workspace) -> Effect:
@@ -140,7 +141,7 @@ def trained_effects(
     for result in sorted(results, key=lambda r: r.run.seed):
         nets.setdefault(Trained.of(result.run), []).append(result)
     effects = {(c.experiment, c.what, c.tested_on): _estimate(c, nets, workspace) for c in CONTRASTS}
-    effects |= {("E4", SLOPE, side): _dose_slope(scores, side) for side in SIDES}
+    effects |= {("E4", WHOLE_FALL, side): _estimate_fall(scores, side) for side in SIDES}
     rows = []
     for experiment in dict.fromkeys(key[0] for key in effects):
         own = {key: effect for key, effect in effects.items() if key[0] == experiment}
@@ -163,12 +164,12 @@ def state_trained(
     rgb = scores[(scores.channels == "rgb") & (scores.norm == "bn")]
     logs = np.log(rgb.divergence).groupby(rgb.intervention).mean()
     doses = effects[(effects.experiment == "E4") & effects.what.str.endswith(f" − {PLAIN.label}")]
-    slope = effects[(effects.what == SLOPE) & (effects.tested_on == "other")].iloc[0]
+    fall = effects[(effects.what == WHOLE_FALL) & (effects.tested_on == "other")].iloc[0]
     own, other = (effects[(effects.experiment == "E9") & (effects.tested_on == side)] for side in SIDES)
     return (
         f"The divergence as a term of the loss lowers ResNet's by factors down to ×{np.exp(logs[list(DOSES)].min() - logs['']):.2g} and raises the "
-        f"score on the other modality in {count(doses, 'doses')}; a fall by a factor of e is worth {slope.effect:+.1f} points "
-        f"({slope.low:+.1f} to {slope.high:+.1f}). Inverted samples in training raise it in {count(other, 'nets')}, and lower the score on the own "
+        f"score on the other modality in {count(doses, 'doses')}; on a line through the doses, the whole fall is worth "
+        f"{fall.effect:+.1f} points ({fall.low:+.1f} to {fall.high:+.1f}). Inverted samples in training raise it in {count(other, 'nets')}, and lower the score on the own "
         f"modality in {count(own, 'nets', DISAGREES)}. IBN-Net-s scores higher than with frozen switches, which have its capacity but not its "
         f"choice, in {count(effects[effects.experiment == 'E7'], 'comparisons')}."
     )
@@ -209,12 +210,13 @@ def format_effects(effects: pd.DataFrame) -> pd.DataFrame:  # text cells
 
 
 _MARKERS = {"": "o", "kl": "v", "sham": "^", "random_statistics": "s", "switches": "D", "invert": "*", "AdaBN": "P"}
-_NORMS = ("bn", "ibn_a", "ibn_s", "gn")
+_COLORS = dict(zip(("bn", "ibn_a", "ibn_b", "ibn_s", "gn"), CURVE_COLORS, strict=False))  # as in Figure 2
+_FACES = {"filled: tested on NIR": "0.4", "open: tested on RGB": "none"}
 
 
 def _draw_arm(ax, arm: pd.DataFrame, norm: str, kind: str) -> None:
     "Draw the scores of an arm at its divergence, each with the range of its seeds: filled on NIR, open on RGB."
-    color, x = CURVE_COLORS[_NORMS.index(norm)], np.exp(np.log(arm.divergence).mean())
+    color, x = _COLORS[norm], np.exp(np.log(arm.divergence).mean())
     for side, face in (("other", color), ("own", "none")):
         y = arm[f"{side}_multilabel"]
         ends = [[y.mean() - y.min()], [y.max() - y.mean()]]
@@ -229,10 +231,11 @@ def draw_trained(scores: pd.DataFrame) -> Figure:
         _draw_arm(ax, arm, norm, intervention.partition("(")[0])
     doses = own[(own.norm == "bn") & own.intervention.isin(["", *DOSES])].groupby("intervention", sort=False)
     x = np.exp(doses.divergence.agg(lambda d: np.log(d).mean()))
-    ax.plot(x, doses.other_multilabel.mean(), color=CURVE_COLORS[0], linewidth=0.8, zorder=0)
+    ax.plot(x, doses.other_multilabel.mean(), color=_COLORS["bn"], linewidth=0.8, zorder=0)
     ax.set(xscale="log", xlabel="median divergence of RGB and NIR", ylabel="multi-label mIoU, %")
-    handles = [Line2D([], [], color=color, label=backbone_label("", norm)) for norm, color in zip(_NORMS, CURVE_COLORS, strict=False)]
+    handles = [Line2D([], [], color=_COLORS[norm], label=backbone_label("", norm)) for norm in _COLORS if norm in own.norm.values]
     handles += [Line2D([], [], marker=m, color="0.4", linestyle="", label=kind or "as in Figure 2") for kind, m in _MARKERS.items()]
+    handles += [Patch(edgecolor="0.4", facecolor=face, label=label) for label, face in _FACES.items()]
     fig.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
     plt.close(fig)
     return fig

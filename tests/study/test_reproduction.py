@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -146,11 +147,13 @@ def test_tile_counts_add_up_to_the_scores(out):
     assert found.verdict == NOT_JUDGED and np.isnan(found.low)  # one seed
 
 
-def test_tables_are_made_again_from_logs(out, tmp_path):
-    "Without data and weights, in another folder; a table that differs is named with the cell."
+def test_tables_are_made_again_from_logs(out, tmp_path, monkeypatch):
+    "Without data and weights, in another folder; a table that differs is named with its cell; what was verified is kept if the logs are the same."
     results, tables = tmp_path / "results", ["table1_modality", "section7"]
-    words = [sys.executable, ROOT / "tools" / "collect_results.py", out, "farm", *tables, "--results", results, "--data", "synthetic"]
-    subprocess.run([*words, "--scale", "smoke", "--seeds", "0"], check=True, capture_output=True)
+    words = ["collect", out, "farm", *tables, "--results", results, "--data", "synthetic", "--scale", "smoke", "--seeds", "0"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    collect = runpy.run_path(ROOT / "tools" / "collect_results.py")["main"]
+    collect()
     runs = pd.read_csv(results / "runs.csv")
     assert runs.id.nunique() == 8 and set(runs.metric) == set(METRICS)
     kept = results / "farm" / "tables" / "table1_modality.csv"
@@ -165,12 +168,17 @@ def test_tables_are_made_again_from_logs(out, tmp_path):
     assert not list((tmp_path / "again").rglob("*.safetensors"))
     verify = [sys.executable, ROOT / "tools" / "verify_results.py", "farm", "--results", results, "--norms", "bn"]
     subprocess.run(verify, check=True, capture_output=True)
-    (name, is_equal), *_ = read_json(results / "farm" / "about.json")["verified"]["equal"].items()
+    about = read_json(results / "farm" / "about.json")
+    (name, is_equal), *_ = about["verified"]["equal"].items()
     assert is_equal  # trained again, with as many threads
+    collect()
+    assert read_json(results / "farm" / "about.json") == about
     log = read_json(results / "farm" / "logs" / f"{name}.json")
     log["checkpoints"]["last"]["iteration"] += 1
     write_json(results / "farm" / "logs" / f"{name}.json", log)
     assert subprocess.run(verify, capture_output=True, text=True).stdout.count("other scores") == 1
+    collect()
+    assert "verified" not in read_json(results / "farm" / "about.json")
 
 
 def test_a_study_on_a_bare_machine_leaves_a_record(out, tmp_path):
