@@ -29,7 +29,7 @@ from agrivision_repro.runs.logs import read_logs, tidy_runs, write_log
 from agrivision_repro.runs.store import Result
 from agrivision_repro.runs.workspace import Workspace
 from agrivision_repro.study.matrix import claims_matrix, draw_matrix
-from agrivision_repro.study.tables import ON_REQUEST, TABLES, check_seeds
+from agrivision_repro.study.tables import ON_REQUEST, TABLES, check_seeds, table_of
 
 
 def tell_about(results: list[Result], args: argparse.Namespace, tables: list[str]) -> dict:
@@ -62,7 +62,7 @@ def copy_products(out: Path, folder: Path, tables: list[str], data_root: str) ->
     for kind, ending in (("tables", "csv"), ("figures", "png"), ("notebooks", "ipynb")):
         shutil.rmtree(folder / kind, ignore_errors=True)
         for path in sorted((out / kind).glob(f"*.{ending}")):
-            if any(path.stem == name or path.stem.startswith((f"{name}-", f"{name}_")) for name in tables):
+            if table_of(path.stem) in tables:
                 (folder / kind).mkdir(parents=True, exist_ok=True)
                 copied = shutil.copyfile(path, folder / kind / path.name)
                 if ending == "csv":
@@ -120,8 +120,8 @@ def main() -> None:
     copy_products(Path(args.report or args.out), folder, tables, args.data_root)
     about, path = tell_about(results, args, tables), folder / "about.json"
     write_json(path, keep_verified(about, read_json(path)) if logs and logs == read_files(folder / "logs") else about)
-    write_matrix(args.results)
     print(f"{folder}: {len(results)} runs; {args.results / 'runs.csv'}: {write_runs(args.results)} rows")
+    write_matrix(args.results)
 
 
 def write_matrix(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Train some runs of results again with the code as it is, and note in about.json whether their scores are equal to the last digit.
 
-usage: verify_results.py NAME [--data-root DIR] [--norms bn,ibn_s]     one run per norm: the first seed, on RGB if there is one
+usage: verify_results.py NAME [--data-root DIR] [--norms bn,ibn_s]     one run per commit of the results and norm: of the first seed, as in
+                                                                       the paper's tables and on RGB if there is one
 """
 
 from __future__ import annotations
@@ -8,16 +9,27 @@ from __future__ import annotations
 import argparse
 import re
 import tempfile
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 
 import torch
 
 from agrivision_repro.core import read_json, write_json
-from agrivision_repro.runs.code import code_now
+from agrivision_repro.runs.code import code_at, code_now
 from agrivision_repro.runs.logs import read_logs, unpack_logs
+from agrivision_repro.runs.run import Run
 from agrivision_repro.runs.store import git
 from agrivision_repro.runs.workspace import Workspace
+
+
+def choose(runs: Mapping[str, Run], logs: Mapping[str, dict], norms: list[str], seed: int) -> dict[str, Run]:
+    "Choose one run per commit and norm."
+    chosen: dict[tuple[str, str], str] = {}
+    for name, run in sorted(runs.items(), key=lambda item: (bool(item[1].intervention), item[1].channels != "rgb", item[0])):
+        if run.norm in norms and run.seed == seed:
+            chosen.setdefault((logs[name]["record"]["commit"], run.norm), name)
+    return {name: runs[name] for name in chosen.values()}
 
 
 def main() -> None:
@@ -30,16 +42,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         workspace = Workspace(Path(place) / "again", args.data_root, "cpu")
         runs = {own.name: own.run() for own in unpack_logs(folder / "logs", Path(place) / "logs")}
-        for norm in args.norms.split(","):
-            own = {name: run for name, run in runs.items() if (run.norm, run.seed) == (norm, about["seeds"][0])}
-            name, run = min(own.items(), key=lambda item: (item[1].channels != "rgb", item[0]))
+        for name, run in choose(runs, logs, args.norms.split(","), about["seeds"][0]).items():
             threads = re.search(r"(\d+) thread", logs[name]["record"]["device"])  # another number rounds differently
             torch.set_num_threads(int(threads[1]) if threads else torch.get_num_threads())
             equal[name] = workspace.result(run).checkpoints == logs[name]["checkpoints"]
-            print(f"{run.title}: {'equal' if equal[name] else 'other scores'}")
-    about["verified"] = {"day": date.today().isoformat(), "commit": git("rev-parse", "HEAD"), "equal": equal}
+            print(f"{run.title}: {'equal' if equal[name] else 'other scores'}", flush=True)
+    head = git("rev-parse", "HEAD") + (" + changes" if git("status", "--porcelain", "agrivision_repro") else "")
+    about["verified"] = {"day": date.today().isoformat(), "commit": head, "equal": equal}
     if all(equal.values()):
-        about["code"] = {git("rev-parse", "HEAD"): code_now()}
+        repeated = {logs[name]["record"]["commit"] for name in equal}
+        about["code"] = {head: code_now()} | {commit: code_at(commit) for commit in about["commit"] if commit not in repeated}
     write_json(folder / "about.json", about)
 
 

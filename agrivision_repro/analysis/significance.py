@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from scipy import stats
+from scipy import optimize, special
 from torch import Tensor
 
 from .divergence import draw_weights
@@ -159,17 +159,21 @@ class Effect:
     def quantile(self, q: float) -> float:
         "Return the quantile of t, averaged over the parts by their variance."
         weights = self.variances if self.se else [1.0] * len(self.dfs)
-        return float(np.average([stats.t.ppf(q, df) for df in self.dfs], weights=weights))
+        return float(np.average(special.stdtrit(self.dfs, q), weights=weights))
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
         half = self.quantile((1 + level) / 2) * self.se
         return self.estimate - half, self.estimate + half
 
     @property
-    def p(self) -> float:  # two-sided
+    def p(self) -> float:  # two-sided: the interval of level 1 − p ends at zero
         if not self.se:
             return float(self.estimate == 0)
-        return float(np.average([2 * stats.t.sf(abs(self.estimate) / self.se, df) for df in self.dfs], weights=self.variances))
+        t = abs(self.estimate) / self.se
+        parts = [2 * special.stdtr(df, -t) for df, variance in zip(self.dfs, self.variances, strict=True) if variance != 0]
+        if np.isnan(t) or len(parts) == 1:
+            return float(parts[0])
+        return optimize.brentq(lambda p: self.quantile(p / 2) + t, 0.99 * min(parts), min(1.01 * max(parts), 1.0), xtol=1e-15)
 
     @property
     def detectable(self) -> float:  # the smallest effect found with a probability of `POWER`
@@ -226,6 +230,8 @@ def contrast_effect(
         iou = 100 * (sums[..., 0] / sums[..., 1]).mean(-1)
         return np.tensordot(weights, np.stack(np.split(iou, len(stacks), -1)), 1)
 
+    if len(counts) < 2:
+        raise ValueError(f"counts of {len(counts)} field: wanted at least 2, because one has no spread")
     drawn, n = contrast(draw_fields(counts[:, :, classes], n_resamples, np.random.default_rng(seed))).mean(-1), len(counts)
     return combine(contrast(counts.sum(0)[:, classes]), float(drawn.var(ddof=1)) * n / (n - 1), n)
 
@@ -250,17 +256,17 @@ def judge(
     sign: int = 1,  # that the claim gives to the effect: 1 or -1
     margin: float = 1.0,  # effects within ± this do not matter
     size: float = 0.0,  # the least effect that the claim speaks of, of the claimed sign
+    p: float | None = None,  # adjusted for the number of effects; None: the effect's own
 ) -> str:
     "Turn an effect into a verdict."
     if effect.n_seeds < MIN_SEEDS:
         return NOT_JUDGED
     low, high = effect.interval()
-    if -margin < low and high < margin and size >= margin:
-        return NO_EFFECT
-    if low > 0 or high < 0:
+    is_small, is_clear = -margin < low and high < margin, (low > 0 or high < 0) and (p is None or p < 1 - LEVEL)
+    if is_clear and not (is_small and size >= margin):
         is_claimed = sign * effect.estimate > 0
         return (AGREES if sign * effect.estimate >= size else UNDECIDED) if is_claimed else DISAGREES
-    return NO_EFFECT if -margin < low and high < margin else UNDECIDED
+    return NO_EFFECT if is_small else UNDECIDED
 
 # %% ../../nbs/34_significance.ipynb #format-code
 def format_points(effect: Effect) -> str:
@@ -316,8 +322,8 @@ def judge_all(
     adjusted = holm({name: effect.p for name, effect in effects.items()})
     if NOT_JUDGED in verdicts or verdicts == {AGREES}:
         return NOT_JUDGED if NOT_JUDGED in verdicts else AGREES
-    is_contradicted = any(adjusted[name] < 1 - LEVEL and sign * effect.estimate < 0 for name, effect in effects.items())
-    return DISAGREES if is_contradicted else NO_EFFECT if verdicts <= {AGREES, NO_EFFECT} else UNDECIDED
+    is_contradicted = any(judge(effect, sign, margin, size, adjusted[name]) == DISAGREES for name, effect in effects.items())
+    return DISAGREES if is_contradicted else NO_EFFECT if verdicts == {NO_EFFECT} else UNDECIDED
 
 # %% ../../nbs/34_significance.ipynb #55caa452
 def simulate_nets(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -34,8 +35,11 @@ def _remake(name: str, source: Path, out: Path) -> list[str]:  # differences, on
     "Make the tables of one folder of results from its logs."
     from agrivision_repro.core import read_json
     from agrivision_repro.runs.logs import unpack_logs
-    from agrivision_repro.runs.workspace import Workspace
+    from agrivision_repro.runs.workspace import KNOWN, Workspace
 
+    if (out / name).exists() and not (out / name / KNOWN).is_file():
+        raise ValueError(f"{out / name} was not made from logs: name another --out")
+    shutil.rmtree(out / name, ignore_errors=True)
     about, known = read_json(source / name / "about.json"), {folder.run(): folder for folder in unpack_logs(source / name / "logs", out / name)}
     workspace = Workspace(out / name, device="cpu")
     common = {"scale": about["scale"], "data": about["data"], "seeds": about["seeds"], **workspace.as_kwargs()}
@@ -45,7 +49,8 @@ def _remake(name: str, source: Path, out: Path) -> list[str]:  # differences, on
     results = {table: workspace.results(own) for table, own in runs.items() if not missing[table]}
     failures = run_notebooks({table: parameters[table] for table in results}, results, workspace.report, without=NEEDS_WEIGHTS)
     lines = lacking + [f"{name}: {table} failed: {error}" for table, error in failures.items()]
-    made = sorted((out / name / "tables").glob("*.csv"))
+    made, kept = (sorted((folder / name / "tables").glob("*.csv")) for folder in (out, source))
+    lines += [f"{path} is not made again" for path in kept if not (out / name / "tables" / path.name).is_file()]
     lines += [f"{path}: {line}" for path in made for line in _compare(path, source / name / "tables" / path.name)]
     print(f"{name}: {len(known)} logs, {len(made)} tables in {out / name / 'tables'}{'' if lines else ', equal to those beside the logs'}")
     return lines

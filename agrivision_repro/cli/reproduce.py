@@ -91,12 +91,14 @@ def _run_notebook(
     "Execute a table notebook into the report; a failed one is saved up to its error."
     from papermill import PapermillExecutionError, execute_notebook
 
+    from agrivision_repro.study.tables import table_of
+
     folder = report / "notebooks"
     fresh, error = folder / f"{name}.new.ipynb", ""
     _copy_notebook(name, fresh, without)
     try:
         done = execute_notebook(str(fresh), str(fresh), parameters, kernel_name="python3", progress_bar=False, cwd=str(folder))
-        files = [p for kind in ("tables", "figures") for end in (".", "-", "_") for p in (report / kind).glob(f"{name}{end}*")]
+        files = [p for kind in ("tables", "figures") for p in (report / kind).glob("*") if table_of(p.stem) == name]
         done.metadata["agrivision_repro"] = {"made_of": origin, "files": sorted(str(p.relative_to(report)) for p in files)}
         fresh.write_text(json.dumps(done, indent=1) + "\n")
     except PapermillExecutionError as failure:

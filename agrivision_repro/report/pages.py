@@ -97,11 +97,10 @@ def _report_section(
     folder: Path,  # of the report
 ) -> dict:  # the values that report.html.j2 needs
     "Collect one section of the report from the files that its notebook saved."
-    title, question = _notebook_title(nbformat.read(folder / "notebooks" / f"{name}.ipynb", as_version=4))
-    tables, pictures = (
-        sorted((folder / kind).glob(f"{name}{ending}")) + sorted((folder / kind).glob(f"{name}[-_]*{ending}"))
-        for kind, ending in {"tables": ".html", "figures": ".png"}.items()
-    )
+    notebook = nbformat.read(folder / "notebooks" / f"{name}.ipynb", as_version=4)
+    title, question = _notebook_title(notebook)
+    made = sorted((folder / file for file in notebook.metadata["agrivision_repro"]["files"]), key=lambda p: (p.stem != name, p.stem))
+    tables, pictures = ([p for p in made if p.suffix == ending] for ending in (".html", ".png"))
     return {
         "name": name, "title": escape(title), "question": escape(question.split("?")[0] + "?"),
         "banner": re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", escape(banner_text(results), quote=False)) if results else "",

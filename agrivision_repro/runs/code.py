@@ -12,8 +12,15 @@ import agrivision_repro
 from agrivision_repro.runs.store import git
 
 _PACKAGE = Path(agrivision_repro.__file__).parent
-_DECIDE = ("losses.py", "metrics.py", "models/*.py", "training/*.py", "runs/run.py")  # modules whose code decides a number
-_DECIDE += tuple(f"data/{name}.py" for name in ("batches", "editions", "readers", "synthetic", "tiles"))
+_DECIDE = ("losses.py", "metrics.py", "models/*.py", "training/*.py", "runs/run.py", "runs/workspace.py")  # modules whose code decides a number
+_DECIDE += ("analysis/moments.py", *(f"data/{name}.py" for name in ("batches", "editions", "readers", "synthetic", "synthetic_files", "tiles")))
+
+
+def _plain(node: object) -> object:
+    "Return a syntax tree as nested lists, the same in every version of Python: `ast.dump` is not."
+    if isinstance(node, ast.AST):
+        return [type(node).__name__, *((name, _plain(value)) for name, value in ast.iter_fields(node) if value is not None and value != [])]
+    return [_plain(part) for part in node] if isinstance(node, list) else repr(node)
 
 
 def fingerprint(
@@ -24,7 +31,7 @@ def fingerprint(
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:8]
+    return hashlib.sha256(repr(_plain(tree)).encode()).hexdigest()[:8]
 
 
 def _decides(name: str) -> bool:

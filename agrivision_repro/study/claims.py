@@ -17,6 +17,7 @@ from agrivision_repro.analysis.significance import (
     AGREES,
     DISAGREES,
     LEVEL,
+    NO_EFFECT,
     NOT_JUDGED,
     RATIO_MARGIN,
     UNDECIDED,
@@ -26,6 +27,7 @@ from agrivision_repro.analysis.significance import (
     format_factor,
     format_points,
     holm,
+    judge,
     judge_all,
     log_ratio,
 )
@@ -41,9 +43,9 @@ from .paper import CLAIMS, TABLE2, UNSUPPORTED
 from ..training.schedule import Recipe
 
 # %% auto #0
-__all__ = ['UNTESTED', 'FIG2', 'TABLE_1', 'TWO', 'THREE', 'FALL', 'RISE', 'HUGE_DECAY', 'HUGE_DIVERGENCE', 'S', 'A', 'R',
-           'LOSSES', 'BCE', 'DICE', 'LOVASZ', 'HYBRID', 'SEVEN', 'HALF', 'JUDGES', 'SAME', 'BEYOND', 'TITLES',
-           'ANSWERED', 'Finding', 'p_value', 'format_rule', 'find', 'Evidence', 'judge_gain', 'judge_best',
+__all__ = ['UNTESTED', 'FIG2', 'TABLE_1', 'TWO', 'THREE', 'NO_RATIO', 'NO_SHARE', 'FALL', 'RISE', 'HUGE_DECAY', 'HUGE_DIVERGENCE',
+           'S', 'A', 'R', 'LOSSES', 'BCE', 'DICE', 'LOVASZ', 'HYBRID', 'SEVEN', 'HALF', 'JUDGES', 'SAME', 'BEYOND',
+           'TITLES', 'ANSWERED', 'Finding', 'p_value', 'format_rule', 'find', 'Evidence', 'judge_gain', 'judge_best',
            'judge_decay', 'judge_transfer', 'title_of', 'judge_ratio', 'judge_divergence', 'judge_layers',
            'judge_depth', 'judge_slope', 'share_curves', 'judge_shares', 'judge_spread', 'converged_at',
            'judge_convergence', 'judge_claims', 'link_tables', 'claims_table']
@@ -51,7 +53,8 @@ __all__ = ['UNTESTED', 'FIG2', 'TABLE_1', 'TWO', 'THREE', 'FALL', 'RISE', 'HUGE_
 # %% ../../nbs/74_claims.ipynb #cell-05
 UNTESTED = "not tested"
 FIG2, TABLE_1, TWO, THREE = "fig2_divergence", "table1_modality", "table2_backbones", "table3_losses"
-FALL = {"sign": -1, "margin": RATIO_MARGIN, "size": RATIO_MARGIN}  # a fifth less, or more
+NO_RATIO, NO_SHARE = "no effect of a quarter or more", "no effect of five points or more"  # `NO_EFFECT` of ratios and of shares of layers
+FALL = {"sign": -1, "margin": RATIO_MARGIN, "size": RATIO_MARGIN, "none": NO_RATIO}  # a fifth less, or more
 RISE = FALL | {"sign": 1}
 HUGE_DECAY, HUGE_DIVERGENCE = 8.0, 4.0  # points; symmetric KL divergence
 
@@ -67,6 +70,7 @@ class Finding(NamedTuple):
     detectable: str = "–"  # the smallest effect found in 80 % of cases; of several effects, the largest
     p: float = np.nan  # of the verdict; NaN: not judged
     table: str = ""  # the table that shows it: a key of `tables.TABLES`
+    lost: str = UNDECIDED  # the verdict if it does not survive Holm's adjustment
 
 # %% ../../nbs/74_claims.ipynb #find-code
 def p_value(effects: Mapping[str, Effect], verdict: str, sign: int) -> float:
@@ -94,18 +98,21 @@ def find(
     beyond: float = 0.0,  # the least effect that the claim speaks of, of the claimed sign: the whole interval must exceed it
     margin: float = 1.0,  # as in `significance.judge`
     size: float = 0.0,
+    none: str = NO_EFFECT,  # the verdict on effects within the margin
 ) -> Finding:
     "Judge effects, and write them down."
     tested = {name: replace(e, estimate=e.estimate - sign * beyond) for name, e in effects.items()}
-    verdict = judge_all(tested, sign, 0.0 if beyond else margin, size)
+    margin = 0.0 if beyond else margin
+    verdict = judge_all(tested, sign, margin, size).replace(NO_EFFECT, none)
+    lost = none if all(judge(e, sign, margin, size, p=1.0) == NO_EFFECT for e in tested.values()) else UNDECIDED
     texts = {name: form(effect).partition(" (") for name, effect in effects.items()}
     shown = ", ".join(f"{text[0]} {name}".strip() for name, text in texts.items())
     intervals = "; ".join(text[2].rstrip(")") for text in texts.values() if text[2]) or "–"
     detectable = max(e.detectable for e in effects.values())
     limit = (f"×{np.exp(detectable):.2f}" if form is format_factor else f"{detectable:.1f}") if detectable == detectable else "–"
     n = min(e.n_seeds for e in effects.values())
-    rule = format_rule(form, sign, beyond, size)
-    return Finding(f"{what}: {shown}", verdict, intervals, rule, n, limit, p_value(tested, verdict, sign), table)
+    rule, p = format_rule(form, sign, beyond, size), p_value(tested, verdict, sign)
+    return Finding(f"{what}: {shown}", verdict, intervals, rule, n, limit, p, table, lost)
 
 # %% ../../nbs/74_claims.ipynb #cell-08
 class Evidence:
@@ -210,7 +217,7 @@ def judge_layers(evidence: Evidence, norm: str) -> Finding:
     "Judge whether a net diverges less than ResNet in more than half of the layers."
     rows = {c: evidence.per_seed(c, norm) for c in MODALITIES}
     effects = {title_of(c): combine(100 * own.below / own.layers - 50) for c, own in rows.items()}
-    return find(effects, "share of layers with lower divergence than ResNet's, points above half", FIG2, margin=5.0)
+    return find(effects, "share of layers with lower divergence than ResNet's, points above half", FIG2, margin=5.0, none=NO_SHARE)
 
 # %% ../../nbs/74_claims.ipynb #layers-code-2
 def judge_depth(evidence: Evidence, norms: Sequence[str]) -> Finding:
@@ -340,9 +347,9 @@ def judge_claims(
         same = SAME.get(claim.key, "")
         own = found[same or claim.key]
         is_lost = own.verdict in (AGREES, DISAGREES) and not adjusted[same or claim.key] < 1 - LEVEL
-        after = UNDECIDED if is_lost else own.verdict
-        rows.append((claim.key, claim.where, claim.sentence, claim.printed, *own, same, after, run.edition.title))
-    return pd.DataFrame(rows, columns=["key", "where", "sentence", "printed", *Finding._fields, "same_as", "holm", "data"])
+        after = own.lost if is_lost else own.verdict
+        rows.append((claim.key, claim.where, claim.sentence, claim.printed, *own[:-1], same, after, run.edition.title))
+    return pd.DataFrame(rows, columns=["key", "where", "sentence", "printed", *Finding._fields[:-1], "same_as", "holm", "data"])
 
 # %% ../../nbs/74_claims.ipynb #claims-table
 TITLES = {TABLE_1: "Table 1", TWO: "Table 2", THREE: "Table 3", FIG2: "Figure 2", "section7": "Section 7"}

@@ -229,7 +229,7 @@ def draw_relation(relation: pd.DataFrame) -> Figure:
             r, sign = rank_correlation(own["median"], own[tested]), {"o": "●", "^": "▲"}[marker]
             lines.append(f"trained on {CHANNEL_LABELS[trained]} ({sign}): " + (f"{r:+.2f}" if r == r else "too few points"))
         ax.set_title(f"tested on the {tested} modality\nrank correlation, {'; '.join(lines)}", fontsize=8)
-        ax.set(xlabel="median divergence", ylabel="multi-label mIoU, %")
+        ax.set(xscale="log", xlabel="median divergence", ylabel="multi-label mIoU, %")
     axes[0].legend(fontsize=7)
     plt.close(fig)
     return fig

@@ -63,7 +63,7 @@ def _training_inputs(
 ) -> list:  # of x `(B, 3, H, W)` and valid `(B, H, W)`
     "Load the inputs of training tiles, without labels."
     feed = workspace.feed(run, "train", channels)
-    chosen = thin_out(range(len(feed.tiles)), 2 * N_FIT)[1::2]  # not those that training took the running statistics from
+    chosen = thin_out(range(len(feed.tiles)), 2 * N_FIT)[1::2]  # where there are enough, not those that training took the running statistics from
     loader = scoring_loader([feed.tiles[k] for k in chosen], prepare=feed.prepare(engine.device))
     return [(batch.x.contiguous(memory_format=torch.channels_last), batch.valid) for batch in loader]
 
@@ -183,7 +183,7 @@ def section7_scores(
         for name, (experiment, tested_on, values) in arms.items():
             means = {metric: 100 * values["scores"][metric]["mean"] for metric in _SCORES}
             medians = {c: values.get(c, np.nan) for c in ("divergence", "median_channel")}
-            kept = means["multilabel"] / result.score(run.channels) if tested_on == "own" else np.nan
+            kept = means["multilabel"] / result.score(run.channels) if tested_on == "own" and result.score(run.channels) else np.nan
             rows.append({**who, "arm": name, "experiment": experiment, "tested_on": tested_on, **means, **medians, "share_kept": kept})
     return pd.DataFrame(rows)
 

@@ -163,15 +163,16 @@ def state_trained(
 
     rgb = scores[(scores.channels == "rgb") & (scores.norm == "bn")]
     logs = np.log(rgb.divergence).groupby(rgb.intervention).mean()
+    factors = np.exp(logs - logs[""])
     doses = effects[(effects.experiment == "E4") & effects.what.str.endswith(f" − {PLAIN.label}")]
     fall = effects[(effects.what == WHOLE_FALL) & (effects.tested_on == "other")].iloc[0]
     own, other = (effects[(effects.experiment == "E9") & (effects.tested_on == side)] for side in SIDES)
     return (
-        f"The divergence as a term of the loss lowers ResNet's by factors down to ×{np.exp(logs[list(DOSES)].min() - logs['']):.2g} and raises the "
-        f"score on the other modality in {count(doses, 'doses')}; on a line through the doses, the whole fall is worth "
-        f"{fall.effect:+.1f} points ({fall.low:+.1f} to {fall.high:+.1f}). Inverted samples in training raise it in {count(other, 'nets')}, and lower the score on the own "
-        f"modality in {count(own, 'nets', DISAGREES)}. IBN-Net-s scores higher than with frozen switches, which have its capacity but not its "
-        f"choice, in {count(effects[effects.experiment == 'E7'], 'comparisons')}."
+        f"The divergence as a term of the loss multiplies ResNet's by as little as {factors[list(DOSES)].min():.2g} (its sham, which compares RGB "
+        f"with RGB, by {factors['sham(0.1)']:.2g}) and raises the score on the other modality in {count(doses, 'doses')}; on a line through the "
+        f"doses, it changes by {fall.effect:+.1f} points ({fall.low:+.1f} to {fall.high:+.1f}) from the highest to the lowest divergence. Inverted "
+        f"samples in training raise the score on the other modality in {count(other, 'nets')}, and lower that on the own modality in "
+        f"{count(own, 'nets', DISAGREES)}. IBN-Net-s scores higher than with frozen switches, which keep its capacity but not its learned shares, in {count(effects[effects.experiment == 'E7'], 'comparisons')}."
     )
 
 

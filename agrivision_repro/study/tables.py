@@ -33,6 +33,13 @@ def table1(
 _MAX_SEED = 2**63  # torch.manual_seed accepts no larger seed
 
 
+def table_of(
+    stem: str,  # name of a table or figure, without its ending
+) -> str:  # a key of `TABLES`; "": none
+    "Return the table whose notebook makes a file: its name, or the longest that is followed by - or _."
+    return max((t for t in TABLES if stem == t or stem.startswith((f"{t}-", f"{t}_"))), key=len, default="")
+
+
 def check_seeds(
     seeds: Sequence[int] | int | str,  # a list, one number, or numbers separated by commas, as on a command line
 ) -> list[int]:

@@ -7,8 +7,12 @@ from scipy import stats
 from agrivision_repro.analysis.significance import (
     AGREES,
     DISAGREES,
+    NO_EFFECT,
     NOT_JUDGED,
+    UNDECIDED,
+    Effect,
     combine,
+    contrast_effect,
     draw_fields,
     holm,
     judge,
@@ -77,6 +81,27 @@ def test_few_seeds_and_other_shapes_are_refused():
 
 def test_holm_by_hand():
     assert holm({"a": 0.04, "b": 0.001, "c": 0.03}) == pytest.approx({"a": 0.06, "b": 0.003, "c": 0.06})
+
+
+def test_p_is_the_level_at_which_the_interval_touches_zero():
+    "So a verdict from p never contradicts the interval beside it, at any mixture of the parts, however small p is."
+    rng = np.random.default_rng(0)
+    for t in [*rng.uniform(0.1, 8, 300), 1e3, 1e6]:
+        effect = Effect(t, (share := rng.uniform(), 1 - share), (2, 47))
+        assert effect.interval(1 - effect.p)[0] == pytest.approx(0, abs=1e-3 * t)
+        assert (effect.p < 0.05) == (effect.interval()[0] > 0)
+    at_edge = Effect(-3.05 * 2**0.5, (1.0, 1.0), (2, 47))  # averaged tail probabilities gave .048
+    assert at_edge.interval()[1] > 0 and judge(at_edge) == judge_all({"x": at_edge}) == UNDECIDED
+    assert Effect(0.0, (0.0, 0.0), (2, 47)).p == 1 and np.isnan(combine([1.0], 2.0, 40).p)
+
+
+def test_a_small_effect_that_is_not_clear_is_no_effect():
+    small, large = combine([0.3, 0.4, 0.5]), combine([12.0, 12.5, 11.6])
+    assert judge(small) == AGREES and judge(small, p=0.2) == NO_EFFECT and judge(large, p=0.2) == UNDECIDED
+    nothing = combine([0.1, -0.1, 0.05])
+    assert judge_all({"x": nothing, "y": nothing}) == NO_EFFECT and judge_all({"x": large, "y": nothing}) == UNDECIDED
+    with pytest.raises(ValueError, match="counts of 1 field: wanted at least 2"):
+        contrast_effect([FIELDS[None, :1, :2]] * 2, (-1, 1))
 
 
 @pytest.mark.parametrize("n_seeds", [3, 5])

@@ -15,6 +15,7 @@ def test_only_what_runs_counts():
     plain = 'def f(x):\n    "Return x."\n    return x + 1\n'
     assert fingerprint(plain) == fingerprint('# a comment\ndef f(x):\n    "Another docstring."\n\n    return (x + 1)  # more\n')
     assert fingerprint(plain) != fingerprint(plain.replace("1", "2"))
+    assert fingerprint(plain) == "04186b75"  # in every version of Python
 
 
 def test_the_code_that_trains_is_found():
@@ -39,4 +40,4 @@ def test_results_name_their_code_and_machine(about):
     assert all(known["code"].values())  # the fingerprints of every commit
     if "verified" in known:
         equal = known["verified"]["equal"]  # run → bool
-        assert equal and (set(known["code"]) == {known["verified"]["commit"]}) == all(equal.values())
+        assert equal and (known["verified"]["commit"] in known["code"]) == all(equal.values())

@@ -148,7 +148,7 @@ def test_tile_counts_add_up_to_the_scores(out):
 
 
 def test_tables_are_made_again_from_logs(out, tmp_path, monkeypatch):
-    "Without data and weights, in another folder; a table that differs is named with its cell; what was verified is kept if the logs are the same."
+    "In another folder; a table that differs or is missing is named; what was verified is kept if the logs are the same."
     results, tables = tmp_path / "results", ["table1_modality", "section7"]
     words = ["collect", out, "farm", *tables, "--results", results, "--data", "synthetic", "--scale", "smoke", "--seeds", "0"]
     monkeypatch.setattr(sys, "argv", [str(word) for word in words])
@@ -160,11 +160,12 @@ def test_tables_are_made_again_from_logs(out, tmp_path, monkeypatch):
     table = pd.read_csv(kept)
     table.loc[1, "mean"] += 1
     table.to_csv(kept, index=False)
+    table.to_csv(kept.with_stem("section7-old"), index=False)
     done = agrivision("report", "--from", results, "--out", tmp_path / "again")
     made = {path.name for path in (tmp_path / "again" / "farm" / "tables").glob("*.csv")}
-    assert made == {path.name for path in (results / "farm" / "tables").iterdir()} >= {"section7.csv"}
-    assert done.returncode == 1 and done.stderr.count("agrivision: ") == 1, done.stderr
-    assert "table1_modality.csv: row 1, mean: " in done.stderr
+    assert made == {path.name for path in (results / "farm" / "tables").iterdir()} - {"section7-old.csv"} >= {"section7.csv"}
+    assert done.returncode == 1 and done.stderr.count("agrivision: ") == 2, done.stderr
+    assert "table1_modality.csv: row 1, mean: " in done.stderr and "section7-old.csv is not made again" in done.stderr
     assert not list((tmp_path / "again").rglob("*.safetensors"))
     verify = [sys.executable, ROOT / "tools" / "verify_results.py", "farm", "--results", results, "--norms", "bn"]
     subprocess.run(verify, check=True, capture_output=True)
