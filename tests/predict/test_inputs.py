@@ -46,13 +46,13 @@ def declare(path, colors=(), texts=()):
     return path
 
 
-def write_masked(path, image, valid):
+def write_masked(path, image, valid, is_internal=True):
     rasterio = find_rasterio()
-    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
-        write_geotiff(path, image, photometric="rgb", alpha="unspecified")
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=is_internal):
+        write_geotiff(path, image, photometric="rgb", **{"alpha": "unspecified"} if len(image) > 3 else {})
         with rasterio.open(path, "r+") as file:
             file.write_mask(valid)
-    assert not path.with_suffix(".tif.msk").exists()
+    assert path.with_suffix(".tif.msk").exists() != is_internal
 
 
 @needs_rasterio
@@ -237,7 +237,10 @@ def test_one_bad_file(reader, predict, tmp_path, monkeypatch):
     assert predict(folder / "a.tif")[0] == 1  # another file than the one predicted
 
 
-def test_folders_of_any_images(predict, rgb_result, tmp_path):
+WORLD = "2\n0\n0\n-2\n500001\n4599999\n"  # `PLACE`, at the center of the first pixel
+
+
+def test_folders_of_any_images(predict, rgb_result, tmp_path, monkeypatch):
     "TIFF, JPEG and PNG with endings in any case; files of operating systems are ignored."
     folder, rgb = tmp_path / "in", Image.fromarray(IMAGE[:3].transpose(1, 2, 0))
     folder.mkdir()
@@ -261,6 +264,8 @@ def test_folders_of_any_images(predict, rgb_result, tmp_path):
     (tiles / "rgb/._a.JPG").write_bytes(b"x")
     expected = [Scene("a", tiles / "rgb/a.JPG", tiles / "nir/a.png")]
     assert find_scenes([tiles / "rgb"]) == find_scenes([tiles / "nir/a.png"]) == find_scenes([tiles]) == expected
+    monkeypatch.chdir(tiles / "rgb")
+    assert find_scenes(["."]) == find_scenes(["a.JPG"]) == find_scenes(["../nir/a.png"]) == find_scenes(["./../nir"]) == expected
 
 
 @needs_rasterio
@@ -276,6 +281,74 @@ def test_ground_control_points_are_kept(predictor, tmp_path):
         kept, crs = made.gcps
         assert crs.to_epsg() == 32633 and [(p.row, p.col, p.x, p.y) for p in kept] == corners
         np.testing.assert_array_equal(made.read(1), predict_image(predictor, IMAGE, 32).argmax(0))
+
+
+@needs_rasterio
+def test_ground_control_points_without_a_reference_system(tmp_path):
+    rasterio = find_rasterio()
+    points = [rasterio.control.GroundControlPoint(row, col, 5 + col, 7 - row) for row in (0, 57) for col in (0, 61)]
+    form = {"driver": "GTiff", "count": 4, "height": 57, "width": 61, "dtype": "uint8"}
+    with rasterio.open(tmp_path / "a.tif", "w", **form, gcps=points, crs=rasterio.crs.CRS()) as file:
+        file.write(IMAGE)
+    with open_scene(Scene("a", tmp_path / "a.tif")) as raster:
+        images._write_georeferenced(tmp_path / "b.tif", IMAGE[0], raster.place, 7)
+    with rasterio.open(tmp_path / "b.tif") as made:
+        assert [(p.row, p.col, p.x, p.y) for p in made.gcps[0]] == [(p.row, p.col, p.x, p.y) for p in points] and not made.crs
+
+
+@needs_rasterio
+@pytest.mark.parametrize("beside", ["photo.JGW", "photo.jgw", "photo.JPGw", "photo.WLD", "photo.JGw"])
+def test_world_files_in_any_case(beside, tmp_path, capsys, monkeypatch):
+    Image.fromarray(IMAGE[:3].transpose(1, 2, 0)).save(tmp_path / "photo.JPG")
+    (tmp_path / beside).write_text(WORLD)
+    with open_scene(Scene("photo", tmp_path / "photo.JPG"), plan_reading("rgb")) as raster:
+        assert tuple(raster.place["transform"])[:6] == PLACE
+    monkeypatch.setattr("agrivision_repro.predict.scenes.find_rasterio", lambda: None)
+    with open_scene(Scene("photo", tmp_path / "photo.JPG"), plan_reading("rgb")):
+        assert "georeferencing is dropped" in capsys.readouterr().err
+
+
+def lay_pair(folder, write, **options):
+    "A pair of files that `write(path, image, **options)` writes."
+    for kind, image in {"rgb": IMAGE[:3], "nir": IMAGE[3:]}.items():
+        (folder / kind).mkdir(parents=True)
+        write(folder / kind / "a.tif", image, **options)
+    return Scene("a", folder / "rgb/a.tif", folder / "nir/a.tif")
+
+
+@needs_rasterio
+@pytest.mark.parametrize("options", [{}, {"crs": None}, {"compress": "lzw"}, {"compress": "lzw", "interleave": "band"}], ids=str)
+def test_a_pair_of_geotiffs(options, reader, tmp_path, capsys):
+    "It keeps its place, without rasterio a note says that it does not; one that has no place needs no note."
+    with open_scene(lay_pair(tmp_path / "placed", write_geotiff, **options)) as raster:
+        np.testing.assert_array_equal(raster.rows(3, 50), IMAGE[:, 3:50])
+        said = capsys.readouterr().err
+        assert tuple(raster.place["transform"])[:6] == PLACE if raster.place else said.count("georeferencing is dropped") == 2
+    plain = lay_pair(tmp_path / "plain", lambda path, image: Image.fromarray(image.transpose(1, 2, 0).squeeze()).save(path))
+    plain.path.with_name("a.tif.aux.xml").write_text("<PAMDataset><Metadata/></PAMDataset>")  # no place
+    with open_scene(plain) as raster:
+        np.testing.assert_array_equal(raster.rows(0, 57), IMAGE)
+        assert not raster.place and not capsys.readouterr().err
+
+
+@needs_rasterio
+def test_a_pair_of_other_values(reader, tmp_path):
+    "Sixteen bits, and nodata of one of its files or of both, where these agree."
+    stored = np.where(HALF, 0, IMAGE * np.uint16(257))
+    stored[0, :, 40:], stored[3, :, 50:] = 0, 0
+
+    def write(path, image):
+        write_geotiff(path, stored[:3] if len(image) == 3 else stored[3:], nodata=0)
+
+    scene = lay_pair(tmp_path, write)
+    with pytest.raises(BadFile, match="a.tif has uint16 values: pass with --scale"), open_scene(scene):
+        pass
+    with open_scene(scene, BYTES._replace(scale=65_535)) as raster:
+        np.testing.assert_array_equal(raster.rows(0, 57), stored // 257)
+        np.testing.assert_array_equal(raster.valid(0, 57), np.broadcast_to(~HALF, (57, 61)))
+    tifffile.imwrite(scene.nir, stored[3])
+    with open_scene(scene, BYTES._replace(scale=65_535)) as raster:
+        np.testing.assert_array_equal(raster.valid(0, 57), np.broadcast_to(~HALF, (57, 61)))
 
 
 @needs_rasterio
