@@ -1,5 +1,7 @@
 "Whatever a file's bands, values, nodata and place: the map is that of the plain image, or one line says why not."
 
+import os
+
 import numpy as np
 import pytest
 import tifffile
@@ -28,10 +30,10 @@ def rgb_result(workspace):
 def predict(monkeypatch, capsys, tmp_path, result):
     "Run the command on inputs; return its exit code, the label maps by name, and what it printed."
 
-    def run(*words, by=result, out=tmp_path / "maps"):
+    def run(*words, by=result, out=tmp_path / "maps", seen=None):
         options = ["--results", by.folder.path.parents[1], "--device", "cpu", "--precision", "float32", "--window", 32, "--no-pictures"]
         code = run_command(monkeypatch, "predict", by.folder.name, *words, "-o", out, *options)
-        return code, {path.stem: read_image(path, "L") for path in out.glob("labels/*.png")}, capsys.readouterr()
+        return code, {path.stem: read_image(path, "L") for path in (seen or out).glob("labels/*.png")}, capsys.readouterr()
 
     return run
 
@@ -237,7 +239,85 @@ def test_one_bad_file(reader, predict, tmp_path, monkeypatch):
     assert predict(folder / "a.tif")[0] == 1  # another file than the one predicted
 
 
+def strip_maps(out, name="a"):
+    return sorted(str(path.relative_to(out).with_suffix("")) for path in out.glob("*/*") if path.stem == name)
+
+
+def test_images_above_pillows_limit(predict, rgb_result, tmp_path, monkeypatch):
+    "JPEG and PNG of any size are decoded, a large map is found again, and the limit holds for other files."
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000)
+    for name in ("a.png", "b.jpg"):
+        Image.fromarray(IMAGE[:3].transpose(1, 2, 0)).save(tmp_path / name)
+    given = {"by": rgb_result, "seen": tmp_path / "none"}  # Image.open would refuse the maps, too
+    code, _, first = predict(tmp_path / "a.png", tmp_path / "b.jpg", **given)
+    assert code == 0 and "kept" not in first.out and not first.err, first.err
+    code, _, second = predict(tmp_path / "a.png", tmp_path / "b.jpg", **given)
+    assert code == 0 and second.out.replace(" (kept from an earlier call)", "") == first.out and second.out.count("kept") == 2
+    assert Image.MAX_IMAGE_PIXELS == 1_000
+
+
+@needs_rasterio
+def test_no_product_of_an_earlier_call_stays(predictor, tmp_path):
+    "A folder has the maps of one model and one file, also after a call that makes fewer."
+    write_geotiff(tmp_path / "a.tif", IMAGE)
+    Image.fromarray(IMAGE[:3].transpose(1, 2, 0)).save(tmp_path / "a.png")
+
+    def run(path, settings, has_picture):
+        scene, out = Scene("a", tmp_path / path), tmp_path / "maps"
+        predict_scene(scene, predictor, out, CHALLENGE_CLASSES, 64, settings=settings, has_picture=has_picture, reading=plan_reading("rgb"))
+        return [path.split("/")[0] for path in strip_maps(out)]
+
+    assert run("a.tif", "A", True) == ["bits", "georeferenced", "labels", "pictures"]
+    assert run("a.tif", "A", False) == ["bits", "georeferenced", "labels", "pictures"]  # kept
+    assert run("a.tif", "B", False) == ["bits", "georeferenced", "labels"]
+    assert run("a.png", "B", True) == ["bits", "labels", "pictures"]
+
+
+def test_a_damaged_map_is_predicted_again(predict, tmp_path):
+    write_tiff(tmp_path / "a.tif", IMAGE)
+    whole = predict(tmp_path / "a.tif")[1]["a"]
+    for cut in (slice(0), slice(-200)):
+        (tmp_path / "maps/labels/a.png").write_bytes((tmp_path / "maps/labels/a.png").read_bytes()[cut])
+        code, maps, printed = predict(tmp_path / "a.tif")
+        assert code == 0 and "kept" not in printed.out and not printed.err
+        np.testing.assert_array_equal(maps["a"], whole)
+
+
 WORLD = "2\n0\n0\n-2\n500001\n4599999\n"  # `PLACE`, at the center of the first pixel
+
+
+@needs_rasterio
+@pytest.mark.parametrize(("image", "beside"), [("a.jpg", "a.jgw"), ("a.png", "a.wld"), ("a.tif", "a.tfw"), ("a.tif", "a.tif.msk")])
+def test_a_file_added_beside_an_image_counts(image, beside, predict, rgb_result, tmp_path):
+    Image.fromarray(IMAGE[:3].transpose(1, 2, 0)).save(tmp_path / image)
+    assert predict(tmp_path / image, by=rgb_result)[0] == 0 and not (tmp_path / "maps/georeferenced").exists()
+    if beside.endswith("msk"):
+        (tmp_path / "other").mkdir()
+        write_masked(tmp_path / "other" / image, IMAGE[:3], np.broadcast_to(~HALF, (57, 61)), is_internal=False)
+        (tmp_path / "other" / beside).rename(tmp_path / beside)
+    else:
+        (tmp_path / beside).write_text(WORLD)
+    code, maps, printed = predict(tmp_path / image, by=rgb_result)
+    assert code == 0 and "kept" not in printed.out
+    assert (tmp_path / "maps/georeferenced/a.tif").exists() == (not beside.endswith("msk")), printed
+    assert (maps["a"][:, HALF] == 255).all() == beside.endswith("msk")
+    assert "kept" in predict(tmp_path / image, by=rgb_result)[2].out
+
+
+def test_two_calls_at_once(predictor, tmp_path, monkeypatch):
+    "Another call that predicts the same image into the same folder finishes while this one moves a map."
+    scene, sync = Scene("a", write_tiff(tmp_path / "a.tif", IMAGE)), os.fsync
+
+    def run():
+        return predict_scene(scene, predictor, tmp_path / "maps", CHALLENGE_CLASSES, 64, has_picture=False)
+
+    def interrupted(number):
+        monkeypatch.setattr("agrivision_repro.core.os.fsync", sync)
+        assert run().size == (57, 61)
+
+    monkeypatch.setattr("agrivision_repro.core.os.fsync", interrupted)
+    run()
+    assert strip_maps(tmp_path / "maps") == ["bits/a", "labels/a"]
 
 
 def test_folders_of_any_images(predict, rgb_result, tmp_path, monkeypatch):
