@@ -320,6 +320,19 @@ def test_two_calls_at_once(predictor, tmp_path, monkeypatch):
     assert strip_maps(tmp_path / "maps") == ["bits/a", "labels/a"]
 
 
+def test_a_home_in_an_option(predict, tmp_path, monkeypatch):
+    "Shells leave the ~ of --out=~/maps as it is."
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_tiff(tmp_path / "a.tif", IMAGE)
+    code, _, printed = predict("~/a.tif", out="~/maps", seen=tmp_path / "maps")
+    assert code == 0 and (tmp_path / "maps/labels/a.png").is_file() and not (tmp_path / "~").exists(), printed.err
+    words = ("~/a.tif", "--submission=~/up.zip", "--data-root=~/none")
+    assert f"{tmp_path}/none is not a folder" in predict(*words)[2].err
+    code, _, printed = predict("~nobody-of-this-name/a.tif")
+    assert code == 2 and "a.tif is missing" in printed.err
+
+
 def test_folders_of_any_images(predict, rgb_result, tmp_path, monkeypatch):
     "TIFF, JPEG and PNG with endings in any case; files of operating systems are ignored."
     folder, rgb = tmp_path / "in", Image.fromarray(IMAGE[:3].transpose(1, 2, 0))
