@@ -44,7 +44,15 @@ def _exit_with_parent() -> None:
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     "Write a new file with `write` and rename it atomically; on failure raises OSError and leaves the old file unchanged."
-    fresh = path.with_name(path.name + ".new")
+    _write_and_move(path, path.with_name(path.name + ".new"), write)
+
+
+def move_file(made: Path, path: Path) -> None:
+    "Move a complete file within its file system, as `replace_file` does; no other process may know `made`."
+    _write_and_move(path, made, lambda made: None)
+
+
+def _write_and_move(path: Path, fresh: Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(fresh)

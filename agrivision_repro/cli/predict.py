@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,7 +19,13 @@ if TYPE_CHECKING:
     from agrivision_repro.predict.trained import About
     from agrivision_repro.predict.windows import Predictor
 
-_ResultsFolder = Annotated[Path, typer.Option("--results", help="Folder of all results, which contains the run.")]
+
+def _expand_home(path: Path | str | None) -> Path | str | None:
+    "Return a path with its ~ replaced, which a shell leaves in --out=~/maps."
+    return path and type(path)(os.path.expanduser(path))  # Path.expanduser raises for ~ and a name that is no user's
+
+
+_ResultsFolder = Annotated[Path, typer.Option("--results", callback=_expand_home, help="Folder of all results, which contains the run.")]
 
 
 _FinishedRun = Annotated[str, typer.Argument(help="A finished run: the first digits of its id.")]
@@ -27,10 +34,12 @@ _FinishedRun = Annotated[str, typer.Argument(help="A finished run: the first dig
 _Checkpoint = Annotated[str, typer.Option(help="last, or best on the validation tiles.")]
 
 
-_MapsFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder of the maps.")]
+_MapsFolder = Annotated[Path, typer.Option("--out", "-o", callback=_expand_home, help="Folder of the maps.")]
 
 
-_Submission = Annotated[Path | None, typer.Option("--submission", help="Write the challenge's zip here, after checking it.")]
+_Submission = Annotated[
+    Path | None, typer.Option("--submission", callback=_expand_home, help="Write the challenge's zip here, after checking it.")
+]
 
 
 def predict(
@@ -48,7 +57,9 @@ def predict(
     overlap: Annotated[float, typer.Option(help="Share of a window that the next one also covers.")] = 0.5,
     pictures: Annotated[bool, typer.Option(help="Draw RGB, NIR and the prediction for each image.")] = True,
     submission: _Submission = None,
-    data_root: Annotated[str, typer.Option(help="Folder of the data whose test set the zip must cover. Default: the inputs.")] = "",
+    data_root: Annotated[
+        str, typer.Option(callback=_expand_home, help="Folder of the data whose test set the zip must cover. Default: the inputs.")
+    ] = "",
     results: _ResultsFolder = Path("out"),
     device: Device = "auto",
     precision: Precision = "auto",
@@ -205,7 +216,9 @@ def submission_group() -> None:
 @submission_app.command("check")
 def check_zip(
     path: Annotated[Path, typer.Argument(help="A zip, or a folder of PNGs.")],
-    data_root: Annotated[str, typer.Option(help="Folder of the data; its test set gives names and sizes. Default: any, 512×512.")] = "",
+    data_root: Annotated[
+        str, typer.Option(callback=_expand_home, help="Folder of the data; its test set gives names and sizes. Default: any, 512×512.")
+    ] = "",
     data: DataName = "",
 ):
     "List every rule of the challenge that a submission breaks."

@@ -183,8 +183,9 @@ def _find_data(
     raw: np.ndarray,  # `(bands, h, W)`
     nodata: Sequence[float | None],  # of each band; empty: none
 ) -> np.ndarray:  # `(h, W)` bool
-    "Find pixels that have data: not nodata in every band, and finite in all."
+    "Find pixels that have data: not nodata in every band that declares it, and finite in all."
     valid = np.isfinite(raw).all(0) if raw.dtype.kind == "f" else np.ones(raw.shape[1:], bool)
-    if nodata and None not in nodata:
-        valid &= np.any([band != value for band, value in zip(raw, nodata, strict=True)], 0)
+    declared = [band != value for band, value in zip(raw, nodata, strict=True) if value is not None] if nodata else []
+    if declared:
+        valid &= np.any(declared, 0)
     return valid

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim, export, load, save
 
-from agrivision_repro.core import check_choice, how_to_install, replace_file
+from agrivision_repro.core import check_choice, how_to_install, move_file, replace_file
 from agrivision_repro.data.tiles import BadFile
 from agrivision_repro.predict.trained import About, TrainedModel, load_trained
 from agrivision_repro.predict.windows import Predictor
@@ -32,14 +33,19 @@ def export_model(
     path: Path,  # ends in .pt2 (torch.export) or .onnx
     checkpoint: str = "last",  # or "best"
 ) -> float:  # largest difference of the exported model's logits from the model's own, on images of two sizes; share of the largest
-    "Write a Run's model as one file, and compare it with the model; raises ValueError if a package is missing or they differ."
+    "Write a Run's model as one file if it agrees with the model; raises ValueError if not, or if a package is missing."
     if path.suffix not in WRITERS:
         raise ValueError(f"{path} ends in {path.suffix or 'nothing'}: wanted {' or '.join(WRITERS)}")
     model, generator = load_trained(result, checkpoint), torch.Generator().manual_seed(0)
     images = [torch.randint(256, size, dtype=torch.uint8, generator=generator) for size in ((2, 4, 64, 64), (1, 4, 80, 112))]
-    replace_file(path, lambda fresh: WRITERS[path.suffix](model, images[0], fresh))
-    exported = open_exported(path)[0]
-    return max(compare_logits(model, exported, x) for x in images)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".exporting-", dir=path.parent) as workshop:
+        made = Path(workshop) / path.name
+        replace_file(made, lambda fresh: WRITERS[path.suffix](model, images[0], fresh))
+        exported = open_exported(made)[0]
+        worst = max(compare_logits(model, exported, x) for x in images)
+        move_file(made, path)
+    return worst
 
 
 @torch.no_grad()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from agrivision_repro import __version__
-from agrivision_repro.core import replace_file
+from agrivision_repro.core import move_file
 from agrivision_repro.data.tiles import pack_labels
 from agrivision_repro.plots import paint_classes, show_panels
 from agrivision_repro.predict.bands import BYTES, Raster, Reading
@@ -25,6 +24,9 @@ from agrivision_repro.predict.scenes import Scene, find_rasterio, open_scene
 from agrivision_repro.predict.windows import predict_strips
 
 NODATA = 255  # in a class map: the image has no data there
+
+
+_ENDINGS = {"bits": "png", "pictures": "png", "georeferenced": "tif", "labels": "png"}  # folder of each map → ending of its files
 
 
 def _write_georeferenced(
@@ -93,14 +95,24 @@ def predict_scene(
             figure = show_panels(panels, tuple(classes), size=2.6)
             figure.suptitle(origin, fontsize="medium")
             figure.savefig(Path(workshop) / "pictures" / f"{scene.name}.png")
-        for made in sorted(Path(workshop).glob("*/*"), key=lambda path: path.parent.name == "labels"):  # last: it finishes the image
-            replace_file(out / made.relative_to(workshop), partial(os.replace, made))
+        _move_maps(scene.name, Path(workshop), out)
     return Prediction(scene.name, raster.size, pixels, raster.note)
+
+
+def _move_maps(name: str, workshop: Path, out: Path) -> None:
+    "Move an image's maps in place and remove an earlier call's others; it is finished when its labels are there."
+    maps = [Path(kind) / f"{name}.{ending}" for kind, ending in _ENDINGS.items()]
+    for path in maps:
+        if path.parent.name == "labels" or not (workshop / path).is_file():
+            (out / path).unlink(missing_ok=True)
+    for path in maps:
+        if (workshop / path).is_file():
+            move_file(workshop / path, out / path)
 
 
 def _hash_inputs(scene: Scene, settings: object) -> str:  # 64 hexadecimal digits
     "Hash what maps depend on: files by size and time, settings and version."
-    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in scene.files]
+    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in (*scene.files, *scene.sidecars)]
     return hashlib.sha256(repr((files, settings, __version__, find_rasterio() is None)).encode()).hexdigest()
 
 
@@ -109,11 +121,11 @@ def _read_finished(name: str, out: Path, inputs: str, n_classes: int, has_pictur
     path = out / "labels" / f"{name}.png"
     if not path.is_file() or has_picture and not (out / "pictures" / f"{name}.png").is_file():
         return None
-    with Image.open(path) as image:
-        if image.info.get("inputs") != inputs:
-            return None
-        labels = np.asarray(image)
-    return Prediction(name, labels.shape, np.bincount(labels[labels != NODATA], minlength=n_classes), "kept from an earlier call")
+    with suppress(OSError, SyntaxError), PngImagePlugin.PngImageFile(path) as image:  # Image.open refuses large ones
+        if image.info.get("inputs") == inputs:
+            pixels = np.array(image.histogram()[:n_classes], np.int64)
+            return Prediction(name, image.size[::-1], pixels, "kept from an earlier call")
+    return None  # of other inputs, or damaged
 
 
 def _count(strips: Iterator[tuple[int, np.ndarray]], height: int, advance: Callable[[float], object]) -> Iterator[tuple[int, np.ndarray]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from glob import escape
 from importlib.util import find_spec
@@ -16,9 +17,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 import tifffile
+from PIL import Image
 
 from agrivision_repro.core import how_to_install, notes_stream
-from agrivision_repro.data.tiles import SUFFIXES, BadFile, decode_image, list_images, missing_file, read_image
+from agrivision_repro.data.tiles import LZW, SUFFIXES, BadFile, decode_image, list_images, missing_file
 from agrivision_repro.predict.bands import BYTES, Raster, Reading, Stored, as_raster, describe_color
 
 _WANTED = "a TIFF, JPEG or PNG, images/rgb/NAME.jpg with images/nir/NAME.jpg beside it, or a folder of these"
@@ -30,7 +32,10 @@ _IGNORED = ("Thumbs.db", "desktop.ini")  # files of operating systems, as hidden
 _TIFF = (".tif", ".tiff")
 
 
-_GDAL_METADATA, _GDAL_NODATA, _RPCS = 42112, 42113, 50844  # numbers of TIFF tags
+_GDAL_METADATA, _GDAL_NODATA = 42112, 42113  # numbers of TIFF tags
+
+
+_PLACING = (33550, 33922, 34264, 34735, 50844)  # numbers of TIFF tags: scale, points, matrix, projection, rational polynomials
 
 
 class Scene(NamedTuple):
@@ -44,12 +49,16 @@ class Scene(NamedTuple):
     def files(self) -> list[Path]:
         return [path for path in (self.path, self.nir) if path and path.is_file()]
 
+    @property
+    def sidecars(self) -> list[Path]:  # files beside these that change their place, mask or nodata
+        return [beside for path in self.files for beside in _find_beside(path, (f"{path.suffix}.msk", "_rpc.txt", ".rpb"))]
+
 
 def find_scenes(
     paths: Sequence[str | Path],  # files and folders
 ) -> list[Scene]:  # each once
     "List the images in files and folders."
-    scenes = [scene for path in paths for scene in _scenes_of(Path(path).expanduser())]
+    scenes = [scene for path in paths for scene in _scenes_of(Path(os.path.expanduser(path)))]
     scenes = list(dict.fromkeys(scenes))  # both images of a pair may be given
     if not scenes:
         raise ValueError(f"no image among {', '.join(Path(path).name for path in paths[:8])}: wanted {_WANTED}")
@@ -78,8 +87,9 @@ def _scenes_of(path: Path) -> list[Scene]:
 
 def _as_scene(path: Path) -> Scene:
     "Return a pair if a file is in one of two neighboring folders rgb and nir, else the single file."
-    rgb, nir = (path.parent.parent / c for c in ("rgb", "nir"))
-    if path.parent.name not in ("rgb", "nir") or not (rgb.is_dir() and nir.is_dir()):
+    home = Path(os.path.abspath(path)).parent  # of "a.jpg" in the working folder, too; a link is not followed
+    rgb, nir = (home.parent / c for c in ("rgb", "nir"))
+    if home.name not in ("rgb", "nir") or not (rgb.is_dir() and nir.is_dir()):
         return Scene(path.stem, path)
     return Scene(path.stem, _find_file(rgb, path), _find_file(nir, path))
 
@@ -102,30 +112,73 @@ def find_rasterio() -> ModuleType | None:
 @contextmanager
 def open_scene(scene: Scene, reading: Reading = BYTES) -> Iterator[Raster]:
     "Open an image; raise BadFile or FileNotFoundError if that fails."
-    if scene.nir or scene.path.suffix.lower() not in _TIFF:
-        yield as_raster(_decode(scene, reading), reading)
-        return
-    rasterio = find_rasterio()
-    with _open_georeferenced(scene.path, rasterio) if rasterio else open_tiff(scene.path) as stored:
+    with _open_pair(scene, reading) if scene.nir else _open_file(scene.path) as stored:
         yield as_raster(stored, reading)
 
 
-def _decode(scene: Scene, reading: Reading) -> Stored:
-    "Decode a pair, a JPEG or a PNG; a pair may lack the image that the model does not use."
-    colors = ("red", "green", "blue")
-    if scene.nir is None:
-        with _refusing(scene.path, "fetch it again, or convert it"):
-            pixels = decode_image(scene.path.read_bytes())
-        bands = np.moveaxis(pixels, -1, 0) if pixels.ndim == 3 else pixels[None]
-        colors = (*colors, "alpha")[: len(bands)] if len(bands) > 2 else ("", "alpha")[: len(bands)]
-        return _as_stored(scene.path, bands, colors, _find_place(scene.path))
-    needs_nir, needs_rgb = 3 in reading.planes, set(reading.planes) != {3}
-    if needs_nir and not scene.nir.is_file():
-        raise missing_file(scene.nir)
-    rgb = read_image(scene.path, "RGB") if needs_rgb or scene.path.is_file() else None
-    nir = read_image(scene.nir, "L", rgb.shape[:2] if rgb is not None else None) if scene.nir.is_file() else None
-    bands = [*(rgb.transpose(2, 0, 1) if rgb is not None else ()), *([nir] if nir is not None else [])]
-    return _as_stored(scene.path, bands, (*colors[: len(bands) // 3 * 3], "nir")[: len(bands)], _find_place(scene.files[0]))
+def _open_file(path: Path) -> AbstractContextManager[Stored]:
+    "Open one image file."
+    if path.suffix.lower() not in _TIFF:
+        return nullcontext(_decode(path))
+    rasterio = find_rasterio()
+    return _open_georeferenced(path, rasterio) if rasterio else open_tiff(path)
+
+
+@contextmanager
+def _open_pair(scene: Scene, reading: Reading) -> Iterator[Stored]:
+    "Open both images of a pair; one that the model does not use may be missing."
+    needed = {scene.path: set(reading.planes) != {3}, scene.nir: 3 in reading.planes}
+    for path, is_needed in needed.items():
+        if is_needed and not path.is_file():
+            raise missing_file(path)
+    with ExitStack() as stack:
+        yield _join([stack.enter_context(_open_file(path)) for path in scene.files], scene.nir)
+
+
+def _join(
+    halves: Sequence[Stored],  # of a pair, or one of them
+    nir: Path,  # of the NIR image
+) -> Stored:
+    "Describe a pair as one image; raise BadFile if its parts do not fit together."
+    names, bands = [], []
+    for half in halves:
+        colors, size = ("nir",) if half.path == nir else ("red", "green", "blue"), half.shape[1:]
+        if half.shape[0] != len(colors):
+            n = half.shape[0]
+            raise BadFile("wrong mode", f"{half.path} has {n} band{'s' * (n > 1)}, wanted {', '.join(colors)} in a pair: convert it")
+        if size != halves[0].shape[1:]:
+            (height, width), (h, w) = size, halves[0].shape[1:]
+            raise BadFile("wrong size", f"{half.path} is {width}×{height} pixels, but the tile's RGB image is {w}×{h}: unpack it again")
+        names, bands = [*names, *colors], [*bands, *((half, k) for k in range(len(colors)))]
+    masks = [half.mask for half in halves if half.mask]
+    return Stored(
+        max(halves, key=lambda half: np.dtype(half.dtype).itemsize).path,  # the one whose values a message is about
+        (len(bands), *halves[0].shape[1:]),
+        np.result_type(*(half.dtype for half in halves)),
+        names,
+        lambda chosen, top, end: np.concatenate([half.read([k], top, end) for half, k in (bands[i] for i in chosen)]),
+        [half.nodata[k] if half.nodata else None for half, k in bands],
+        (lambda top, end: np.all([mask(top, end) for mask in masks], 0)) if masks else None,
+        next((half.place for half in halves if half.place), {}),
+    )
+
+
+def _decode(path: Path) -> Stored:
+    "Decode a JPEG or a PNG."
+    with _refusing(path, "fetch it again, or convert it"):
+        pixels = _decode_file(path)
+    bands = np.moveaxis(pixels, -1, 0) if pixels.ndim == 3 else pixels[None]
+    colors = ("red", "green", "blue", "alpha")[: len(bands)] if len(bands) > 2 else ("", "alpha")[: len(bands)]
+    return _as_stored(path, bands, colors, _find_place(path))
+
+
+def _decode_file(path: Path) -> np.ndarray:  # `(H, W)` or `(H, W, bands)`
+    "Decode an image file without Pillow's limit of pixels, which is for files that nobody asked for."
+    usual, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        return decode_image(path.read_bytes())
+    finally:
+        Image.MAX_IMAGE_PIXELS = usual
 
 
 def _as_stored(path: Path, bands: Sequence[np.ndarray], colors: Sequence[str], place: dict) -> Stored:
@@ -140,11 +193,24 @@ def _as_stored(path: Path, bands: Sequence[np.ndarray], colors: Sequence[str], p
     )
 
 
+def _find_beside(path: Path, others: Sequence[str] = ()) -> list[Path]:
+    "List an image's world files and GDAL's metadata, and files of other endings, in upper or lower case."
+    suffix = path.suffix
+    endings = (f".{suffix[1]}{suffix[-1]}w", f"{suffix}w", ".wld", f"{suffix}.aux.xml", *others)
+    forms = dict.fromkeys(form for ending in endings for form in (ending, ending.lower(), ending.upper()))
+    return [beside for form in forms if (beside := path.with_name(path.stem + form)).is_file()]
+
+
+def _is_placed_beside(path: Path) -> bool:
+    "Return True if a file beside an image places it; GDAL's metadata may be mere statistics."
+    tags = (b"<GeoTransform", b"<SRS", b"<GCPList", b'domain="RPC"')
+    found = _find_beside(path)
+    return any(beside.suffix.lower() != ".xml" or any(tag in beside.read_bytes() for tag in tags) for beside in found)
+
+
 def _find_place(path: Path) -> dict:  # of `Raster`
     "Return the georeferencing of a JPEG or PNG, which is in a file beside it; print a note if it cannot be read."
-    suffix = path.suffix
-    endings = (f".{suffix[1]}{suffix[-1]}w", f"{suffix}w", ".wld", f"{suffix}.aux.xml")
-    if not any(path.with_suffix(ending).is_file() for ending in endings):
+    if not _is_placed_beside(path):
         return {}
     rasterio = find_rasterio()
     if rasterio is None:
@@ -175,15 +241,21 @@ def open_tiff(path: Path) -> Iterator[Stored]:
     "Open a TIFF with tifffile, memory-mapped if it can be."
     with _refusing(path, f"fetch it again, or {how_to_install('geo')}"), tifffile.TiffFile(path) as file:
         page = file.pages[0]
-        pixels = page.asarray(out="memmap")
-        pixels = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0) if page.axes.endswith("S") else pixels
+        pixels = _read_page(path, page)
         masks = [other.asarray() for other in file.pages[1:] if other.is_mask and other.shape == pixels.shape[1:]]
         colors, nodata = _declared_colors(page, len(pixels)), [_declared_nodata(page)] * len(pixels)
-        is_placed = page.is_geotiff or _RPCS in page.tags
-    if is_placed:
+        is_placed = any(tag in page.tags for tag in _PLACING)
+    if is_placed or _is_placed_beside(path):
         _say_dropped(path)
     stored = _as_stored(path, pixels, colors, {})
     yield replace(stored, nodata=nodata, mask=(lambda top, end: masks[0][top:end]) if masks else None)
+
+
+def _read_page(path: Path, page: tifffile.TiffPage) -> np.ndarray:  # `(bands, height, width)`
+    "Read a page of a TIFF, memory-mapped if it can be; Pillow needs no other package for some that tifffile cannot read alone."
+    is_for_pillow = page.compression == LZW and page.samplesperpixel <= 3 and page.dtype == np.uint8
+    pixels = _decode_file(path) if is_for_pillow else page.asarray(out="memmap")
+    return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0) if is_for_pillow or page.axes.endswith("S") else pixels
 
 
 def _declared_colors(page: tifffile.TiffPage, n_bands: int) -> list[str]:  # of `bands.describe_color`, one per band
@@ -235,8 +307,8 @@ def _open_georeferenced(path: Path, rasterio: ModuleType) -> Iterator[Stored]:
 
 def _place_of(image) -> dict:  # of `Raster`
     "Return how a file opened by rasterio is placed: by a transform, by ground control points, or by rational polynomials."
-    points, crs = image.gcps
+    points, crs = image.gcps  # of points without a reference system, `crs` is None, which rasterio cannot write
     rpcs = {"rpcs": image.rpcs} if image.rpcs else {}
     if image.crs is not None or not image.transform.is_identity:
         return {"crs": image.crs, "transform": image.transform} | rpcs
-    return ({"crs": crs, "gcps": points} if points else {}) | rpcs
+    return ({"crs": crs or find_rasterio().crs.CRS(), "gcps": points} if points else {}) | rpcs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import tempfile
 import zipfile
@@ -17,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from agrivision_repro.core import replace_file
+from agrivision_repro.core import move_file
 from agrivision_repro.data.editions import AGRIVISION_2020, find_edition, open_tiles
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -158,4 +157,4 @@ def write_submission(
         if faults:
             shown = "; ".join(map(str, faults[:8])) + f"; and {len(faults) - 8} more" * (len(faults) > 8)
             raise ValueError(f"{path} was not written, {len(faults)} rules of the challenge are broken: {shown}")
-        replace_file(path, partial(os.replace, made))
+        move_file(made, path)

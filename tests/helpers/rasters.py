@@ -26,7 +26,8 @@ def write_tiff(path: Path, image: np.ndarray, **options) -> Path:
 def write_geotiff(path: Path, image: np.ndarray, **options) -> Path:
     rasterio = find_rasterio()
     form = {"driver": "GTiff", "count": len(image), "height": image.shape[1], "width": image.shape[2], "dtype": image.dtype}
-    with rasterio.open(path, "w", **form, crs="EPSG:32633", transform=rasterio.Affine(*PLACE), **options) as file:
+    form |= {"crs": "EPSG:32633", "transform": rasterio.Affine(*PLACE)} | options
+    with rasterio.open(path, "w", **form) as file:
         file.write(image)
     return path
 

@@ -1,5 +1,7 @@
 "Whatever a file's bands, values, nodata and place: the map is that of the plain image, or one line says why not."
 
+import os
+
 import numpy as np
 import pytest
 import tifffile
@@ -28,10 +30,10 @@ def rgb_result(workspace):
 def predict(monkeypatch, capsys, tmp_path, result):
     "Run the command on inputs; return its exit code, the label maps by name, and what it printed."
 
-    def run(*words, by=result, out=tmp_path / "maps"):
+    def run(*words, by=result, out=tmp_path / "maps", seen=None):
         options = ["--results", by.folder.path.parents[1], "--device", "cpu", "--precision", "float32", "--window", 32, "--no-pictures"]
         code = run_command(monkeypatch, "predict", by.folder.name, *words, "-o", out, *options)
-        return code, {path.stem: read_image(path, "L") for path in out.glob("labels/*.png")}, capsys.readouterr()
+        return code, {path.stem: read_image(path, "L") for path in (seen or out).glob("labels/*.png")}, capsys.readouterr()
 
     return run
 
@@ -46,13 +48,13 @@ def declare(path, colors=(), texts=()):
     return path
 
 
-def write_masked(path, image, valid):
+def write_masked(path, image, valid, is_internal=True):
     rasterio = find_rasterio()
-    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
-        write_geotiff(path, image, photometric="rgb", alpha="unspecified")
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=is_internal):
+        write_geotiff(path, image, photometric="rgb", **{"alpha": "unspecified"} if len(image) > 3 else {})
         with rasterio.open(path, "r+") as file:
             file.write_mask(valid)
-    assert not path.with_suffix(".tif.msk").exists()
+    assert path.with_suffix(".tif.msk").exists() != is_internal
 
 
 @needs_rasterio
@@ -237,7 +239,101 @@ def test_one_bad_file(reader, predict, tmp_path, monkeypatch):
     assert predict(folder / "a.tif")[0] == 1  # another file than the one predicted
 
 
-def test_folders_of_any_images(predict, rgb_result, tmp_path):
+def strip_maps(out, name="a"):
+    return sorted(str(path.relative_to(out).with_suffix("")) for path in out.glob("*/*") if path.stem == name)
+
+
+def test_images_above_pillows_limit(predict, rgb_result, tmp_path, monkeypatch):
+    "JPEG and PNG of any size are decoded, a large map is found again, and the limit holds for other files."
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000)
+    for name in ("a.png", "b.jpg"):
+        Image.fromarray(IMAGE[:3].transpose(1, 2, 0)).save(tmp_path / name)
+    given = {"by": rgb_result, "seen": tmp_path / "none"}  # Image.open would refuse the maps, too
+    code, _, first = predict(tmp_path / "a.png", tmp_path / "b.jpg", **given)
+    assert code == 0 and "kept" not in first.out and not first.err, first.err
+    code, _, second = predict(tmp_path / "a.png", tmp_path / "b.jpg", **given)
+    assert code == 0 and second.out.replace(" (kept from an earlier call)", "") == first.out and second.out.count("kept") == 2
+    assert Image.MAX_IMAGE_PIXELS == 1_000
+
+
+@needs_rasterio
+def test_no_product_of_an_earlier_call_stays(predictor, tmp_path):
+    "A folder has the maps of one model and one file, also after a call that makes fewer."
+    write_geotiff(tmp_path / "a.tif", IMAGE)
+    Image.fromarray(IMAGE[:3].transpose(1, 2, 0)).save(tmp_path / "a.png")
+
+    def run(path, settings, has_picture):
+        scene, out = Scene("a", tmp_path / path), tmp_path / "maps"
+        predict_scene(scene, predictor, out, CHALLENGE_CLASSES, 64, settings=settings, has_picture=has_picture, reading=plan_reading("rgb"))
+        return [path.split("/")[0] for path in strip_maps(out)]
+
+    assert run("a.tif", "A", True) == ["bits", "georeferenced", "labels", "pictures"]
+    assert run("a.tif", "A", False) == ["bits", "georeferenced", "labels", "pictures"]  # kept
+    assert run("a.tif", "B", False) == ["bits", "georeferenced", "labels"]
+    assert run("a.png", "B", True) == ["bits", "labels", "pictures"]
+
+
+def test_a_damaged_map_is_predicted_again(predict, tmp_path):
+    write_tiff(tmp_path / "a.tif", IMAGE)
+    whole = predict(tmp_path / "a.tif")[1]["a"]
+    for cut in (slice(0), slice(-200)):
+        (tmp_path / "maps/labels/a.png").write_bytes((tmp_path / "maps/labels/a.png").read_bytes()[cut])
+        code, maps, printed = predict(tmp_path / "a.tif")
+        assert code == 0 and "kept" not in printed.out and not printed.err
+        np.testing.assert_array_equal(maps["a"], whole)
+
+
+WORLD = "2\n0\n0\n-2\n500001\n4599999\n"  # `PLACE`, at the center of the first pixel
+
+
+@needs_rasterio
+@pytest.mark.parametrize(("image", "beside"), [("a.jpg", "a.jgw"), ("a.png", "a.wld"), ("a.tif", "a.tfw"), ("a.tif", "a.tif.msk")])
+def test_a_file_added_beside_an_image_counts(image, beside, predict, rgb_result, tmp_path):
+    Image.fromarray(IMAGE[:3].transpose(1, 2, 0)).save(tmp_path / image)
+    assert predict(tmp_path / image, by=rgb_result)[0] == 0 and not (tmp_path / "maps/georeferenced").exists()
+    if beside.endswith("msk"):
+        (tmp_path / "other").mkdir()
+        write_masked(tmp_path / "other" / image, IMAGE[:3], np.broadcast_to(~HALF, (57, 61)), is_internal=False)
+        (tmp_path / "other" / beside).rename(tmp_path / beside)
+    else:
+        (tmp_path / beside).write_text(WORLD)
+    code, maps, printed = predict(tmp_path / image, by=rgb_result)
+    assert code == 0 and "kept" not in printed.out
+    assert (tmp_path / "maps/georeferenced/a.tif").exists() == (not beside.endswith("msk")), printed
+    assert (maps["a"][:, HALF] == 255).all() == beside.endswith("msk")
+    assert "kept" in predict(tmp_path / image, by=rgb_result)[2].out
+
+
+def test_two_calls_at_once(predictor, tmp_path, monkeypatch):
+    "Another call that predicts the same image into the same folder finishes while this one moves a map."
+    scene, sync = Scene("a", write_tiff(tmp_path / "a.tif", IMAGE)), os.fsync
+
+    def run():
+        return predict_scene(scene, predictor, tmp_path / "maps", CHALLENGE_CLASSES, 64, has_picture=False)
+
+    def interrupted(number):
+        monkeypatch.setattr("agrivision_repro.core.os.fsync", sync)
+        assert run().size == (57, 61)
+
+    monkeypatch.setattr("agrivision_repro.core.os.fsync", interrupted)
+    run()
+    assert strip_maps(tmp_path / "maps") == ["bits/a", "labels/a"]
+
+
+def test_a_home_in_an_option(predict, tmp_path, monkeypatch):
+    "Shells leave the ~ of --out=~/maps as it is."
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_tiff(tmp_path / "a.tif", IMAGE)
+    code, _, printed = predict("~/a.tif", out="~/maps", seen=tmp_path / "maps")
+    assert code == 0 and (tmp_path / "maps/labels/a.png").is_file() and not (tmp_path / "~").exists(), printed.err
+    words = ("~/a.tif", "--submission=~/up.zip", "--data-root=~/none")
+    assert f"{tmp_path}/none is not a folder" in predict(*words)[2].err
+    code, _, printed = predict("~nobody-of-this-name/a.tif")
+    assert code == 2 and "a.tif is missing" in printed.err
+
+
+def test_folders_of_any_images(predict, rgb_result, tmp_path, monkeypatch):
     "TIFF, JPEG and PNG with endings in any case; files of operating systems are ignored."
     folder, rgb = tmp_path / "in", Image.fromarray(IMAGE[:3].transpose(1, 2, 0))
     folder.mkdir()
@@ -261,6 +357,8 @@ def test_folders_of_any_images(predict, rgb_result, tmp_path):
     (tiles / "rgb/._a.JPG").write_bytes(b"x")
     expected = [Scene("a", tiles / "rgb/a.JPG", tiles / "nir/a.png")]
     assert find_scenes([tiles / "rgb"]) == find_scenes([tiles / "nir/a.png"]) == find_scenes([tiles]) == expected
+    monkeypatch.chdir(tiles / "rgb")
+    assert find_scenes(["."]) == find_scenes(["a.JPG"]) == find_scenes(["../nir/a.png"]) == find_scenes(["./../nir"]) == expected
 
 
 @needs_rasterio
@@ -276,6 +374,74 @@ def test_ground_control_points_are_kept(predictor, tmp_path):
         kept, crs = made.gcps
         assert crs.to_epsg() == 32633 and [(p.row, p.col, p.x, p.y) for p in kept] == corners
         np.testing.assert_array_equal(made.read(1), predict_image(predictor, IMAGE, 32).argmax(0))
+
+
+@needs_rasterio
+def test_ground_control_points_without_a_reference_system(tmp_path):
+    rasterio = find_rasterio()
+    points = [rasterio.control.GroundControlPoint(row, col, 5 + col, 7 - row) for row in (0, 57) for col in (0, 61)]
+    form = {"driver": "GTiff", "count": 4, "height": 57, "width": 61, "dtype": "uint8"}
+    with rasterio.open(tmp_path / "a.tif", "w", **form, gcps=points, crs=rasterio.crs.CRS()) as file:
+        file.write(IMAGE)
+    with open_scene(Scene("a", tmp_path / "a.tif")) as raster:
+        images._write_georeferenced(tmp_path / "b.tif", IMAGE[0], raster.place, 7)
+    with rasterio.open(tmp_path / "b.tif") as made:
+        assert [(p.row, p.col, p.x, p.y) for p in made.gcps[0]] == [(p.row, p.col, p.x, p.y) for p in points] and not made.crs
+
+
+@needs_rasterio
+@pytest.mark.parametrize("beside", ["photo.JGW", "photo.jgw", "photo.JPGw", "photo.WLD", "photo.JGw"])
+def test_world_files_in_any_case(beside, tmp_path, capsys, monkeypatch):
+    Image.fromarray(IMAGE[:3].transpose(1, 2, 0)).save(tmp_path / "photo.JPG")
+    (tmp_path / beside).write_text(WORLD)
+    with open_scene(Scene("photo", tmp_path / "photo.JPG"), plan_reading("rgb")) as raster:
+        assert tuple(raster.place["transform"])[:6] == PLACE
+    monkeypatch.setattr("agrivision_repro.predict.scenes.find_rasterio", lambda: None)
+    with open_scene(Scene("photo", tmp_path / "photo.JPG"), plan_reading("rgb")):
+        assert "georeferencing is dropped" in capsys.readouterr().err
+
+
+def lay_pair(folder, write, **options):
+    "A pair of files that `write(path, image, **options)` writes."
+    for kind, image in {"rgb": IMAGE[:3], "nir": IMAGE[3:]}.items():
+        (folder / kind).mkdir(parents=True)
+        write(folder / kind / "a.tif", image, **options)
+    return Scene("a", folder / "rgb/a.tif", folder / "nir/a.tif")
+
+
+@needs_rasterio
+@pytest.mark.parametrize("options", [{}, {"crs": None}, {"compress": "lzw"}, {"compress": "lzw", "interleave": "band"}], ids=str)
+def test_a_pair_of_geotiffs(options, reader, tmp_path, capsys):
+    "It keeps its place, without rasterio a note says that it does not; one that has no place needs no note."
+    with open_scene(lay_pair(tmp_path / "placed", write_geotiff, **options)) as raster:
+        np.testing.assert_array_equal(raster.rows(3, 50), IMAGE[:, 3:50])
+        said = capsys.readouterr().err
+        assert tuple(raster.place["transform"])[:6] == PLACE if raster.place else said.count("georeferencing is dropped") == 2
+    plain = lay_pair(tmp_path / "plain", lambda path, image: Image.fromarray(image.transpose(1, 2, 0).squeeze()).save(path))
+    plain.path.with_name("a.tif.aux.xml").write_text("<PAMDataset><Metadata/></PAMDataset>")  # no place
+    with open_scene(plain) as raster:
+        np.testing.assert_array_equal(raster.rows(0, 57), IMAGE)
+        assert not raster.place and not capsys.readouterr().err
+
+
+@needs_rasterio
+def test_a_pair_of_other_values(reader, tmp_path):
+    "Sixteen bits, and nodata of one of its files or of both, where these agree."
+    stored = np.where(HALF, 0, IMAGE * np.uint16(257))
+    stored[0, :, 40:], stored[3, :, 50:] = 0, 0
+
+    def write(path, image):
+        write_geotiff(path, stored[:3] if len(image) == 3 else stored[3:], nodata=0)
+
+    scene = lay_pair(tmp_path, write)
+    with pytest.raises(BadFile, match="a.tif has uint16 values: pass with --scale"), open_scene(scene):
+        pass
+    with open_scene(scene, BYTES._replace(scale=65_535)) as raster:
+        np.testing.assert_array_equal(raster.rows(0, 57), stored // 257)
+        np.testing.assert_array_equal(raster.valid(0, 57), np.broadcast_to(~HALF, (57, 61)))
+    tifffile.imwrite(scene.nir, stored[3])
+    with open_scene(scene, BYTES._replace(scale=65_535)) as raster:
+        np.testing.assert_array_equal(raster.valid(0, 57), np.broadcast_to(~HALF, (57, 61)))
 
 
 @needs_rasterio

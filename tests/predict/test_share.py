@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from agrivision_repro.data.tiles import read_image
 from agrivision_repro.models.deeplab import DeepLabV3Plus
-from agrivision_repro.predict.export import TOLERANCE, compare_logits, export_model, open_exported
+from agrivision_repro.predict.export import TOLERANCE, WRITERS, compare_logits, export_model, open_exported
 from agrivision_repro.predict.share import share_run
 from agrivision_repro.predict.trained import TrainedModel, describe_model, load_trained
 from agrivision_repro.predict.windows import predict_image
@@ -195,6 +195,15 @@ def test_a_wrong_export_is_found(result):
     assert compare_logits(model, model, images) == 0
     with pytest.raises(ValueError, match=r"logits of \(1, 4, 48, 72\) are off by 0.0001 of the largest"):
         compare_logits(model, lambda x: model(x) * 1.0001, images)
+
+
+def test_a_failed_comparison_leaves_the_old_file(result, tmp_path, monkeypatch):
+    (tmp_path / "net.pt2").write_text("of an earlier call")
+    monkeypatch.setitem(WRITERS, ".pt2", lambda model, x, path: path.write_text("wrong"))
+    monkeypatch.setattr("agrivision_repro.predict.export.open_exported", lambda path: (lambda x: load_trained(result)(x) * 2, None))
+    with pytest.raises(ValueError, match="the exported model's logits .* are off"):
+        export_model(result, tmp_path / "net.pt2")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"net.pt2": "of an earlier call"}
 
 
 def test_what_cannot_be_exported_is_said(result, tmp_path, monkeypatch):
