@@ -24,7 +24,7 @@ from agrivision_repro.models.deeplab import count_gmacs
 from agrivision_repro.runs.run import Run, Source, build_intervention, build_loss, build_model
 from agrivision_repro.runs.store import CHECKPOINTS, RunFolder, provenance, run_folders
 from agrivision_repro.runs.workspace import Workspace
-from agrivision_repro.training.engine import Engine, make_engine
+from agrivision_repro.training.engine import Engine
 from agrivision_repro.training.loop import Trainer
 from agrivision_repro.training.schedule import Recipe
 
@@ -291,7 +291,7 @@ def estimate(
     "Return the plan for the Runs of tables: their states, and the time for the unfinished ones. Trains and writes nothing."
     unique = list(dict.fromkeys(run for runs in runs_by_table.values() for run in runs))
     data = {source: measure_data(source, workspace) for source in dict.fromkeys(run.source for run in unique)}
-    engine, rows, keys = make_engine(workspace.device, workspace.precision), [], []
+    engine, rows, keys = workspace.engine(), [], []
     for run, name in zip(unique, name_runs(unique), strict=True):
         extent, missing = data[run.source]
         tables = ", ".join(table for table, runs in runs_by_table.items() if run in runs)

@@ -52,6 +52,11 @@ def _remove_empty(folder: Path) -> None:
         folder.rmdir()
 
 
+def has_gpu() -> bool:
+    "Return True if there is a GPU that trains; Apple's MPS has no float64, which losses and scores need."
+    return torch.accelerator.is_available() and torch.accelerator.current_accelerator().type != "mps"
+
+
 def describe_source(source: Source) -> str:
     "Describe a source in one line of JSON."
     return json.dumps(asdict(source), sort_keys=True)
@@ -87,12 +92,16 @@ class Workspace:
     @property
     def on_gpu(self) -> bool:
         "Return True if models are trained on a GPU."
-        return self.device == "auto" and torch.accelerator.is_available()
+        return self.device == "auto" and has_gpu()
+
+    def engine(self, trackers: Sequence = ()) -> Engine:
+        "Make an engine on the device, in its precision."
+        return make_engine("auto" if self.on_gpu else "cpu", self.precision, trackers, self.out / "trackers")
 
     @property
     def torch_device(self) -> torch.device:
         "Return the device on which models are trained and measured."
-        return make_engine(self.device, self.precision).device
+        return self.engine().device
 
     def root(self, source: Source) -> Path:
         "Return the folder of a source's tiles, writing them first if they are synthetic."
@@ -176,7 +185,7 @@ class Workspace:
         "Return a finished Run, training it first if needed; if two processes request it at once, one trains and the other waits."
         if self.finished(run) is None:
             self.feed(run, "train"), self.feed(run, "val")  # detect a damaged file before anything is written
-            folder, engine = self.folder(run), make_engine(self.device, self.precision, self.trackers, self.out / "trackers")
+            folder, engine = self.folder(run), self.engine(self.trackers)
             folder.path.mkdir(parents=True, exist_ok=True)
             with hold(folder.lock) if engine.accelerator.is_main_process else nullcontext():
                 engine.accelerator.wait_for_everyone()
@@ -288,7 +297,7 @@ def score_again(
     check_choice("tta", tta, tuple(TTA))
     lacks_tiles = (checkpoint, tta) == ("last", "none") and not folder.tiles.is_file()
     if lacks_tiles or not path.is_file():
-        model, engine = result.model(checkpoint), make_engine(workspace.device, workspace.precision)
+        model, engine = result.model(checkpoint), workspace.engine()
         tests = {channels: workspace.feed(result.run, "val", channels) for channels in result.run.test_inputs}
         scores, tiles = _score_inputs(model.to(engine.device), tests, engine, tta)
         if lacks_tiles:
