@@ -44,14 +44,6 @@ def default_out() -> Path:
     return next(checkouts, here) / "out"
 
 
-def _remove_empty(folder: Path) -> None:
-    "Remove a folder, and its parents that are then empty."
-    shutil.rmtree(folder, ignore_errors=True)
-    while not any(folder.parent.iterdir()):
-        folder = folder.parent
-        folder.rmdir()
-
-
 def has_gpu() -> bool:
     "Return True if there is a GPU that trains; Apple's MPS has no float64, which losses and scores need."
     return torch.accelerator.is_available() and torch.accelerator.current_accelerator().type != "mps"
@@ -123,10 +115,14 @@ class Workspace:
         if isinstance(tiles, PackedTiles) or len(tiles) * tiles[0].image.nbytes > _PACK_UP_TO:
             return tiles
         folder = self.out / "data" / f"packed-{fingerprint([tiles])}"
+        fresh = [parent for parent in folder.parents if not parent.exists()]
         try:
             return pack_split(tiles, folder, n_workers=1)
         except (ValueError, OSError):
-            _remove_empty(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # from the first that is not empty
+                for parent in fresh:
+                    parent.rmdir()
             raise
 
     def tiles(self, run: Run, split: str) -> Sequence[Tile]:
