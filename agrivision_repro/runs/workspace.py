@@ -20,10 +20,11 @@ import torch
 from torch.utils.data import Subset
 
 from agrivision_repro.core import Stopped, check_choice, notes_stream, read_json, replace_file, write_array, write_json
-from agrivision_repro.data.batches import IMAGENET, SAMPLERS, TileDataset, dataset_statistics, rare_class_weights, thin_out
+from agrivision_repro.data.batches import IMAGENET, TileDataset, dataset_statistics, rare_class_weights, thin_out
 from agrivision_repro.data.editions import fingerprint
 from agrivision_repro.data.pack import PackedTiles, count_tiles, open_split, pack_split
 from agrivision_repro.data.tiles import Tile, Tiles, places_in_both
+from agrivision_repro.runs.check import check_run
 from agrivision_repro.runs.run import Run, Source, build_intervention, build_loss, build_model, describe_run, run_id
 from agrivision_repro.runs.store import Result, RunFolder, hold, provenance
 from agrivision_repro.training.checkpoint import read_tensors, save_tensors
@@ -132,7 +133,7 @@ class Workspace:
 
     def left_out(self, run: Run) -> list[str]:
         "List the tiles that a Run leaves out because train and val both show their places."
-        check_choice("shared_places", run.shared_places, ("val", "train", "keep"))
+        check_run(run)
         if run.shared_places == "keep":
             return []
         train, val = (self.open(run.source, split) for split in ("train", "val"))
@@ -156,8 +157,7 @@ class Workspace:
 
     def feed(self, run: Run, split: str, channels: str = "") -> TileDataset:
         "Return the tiles with everything that determines the model's input; `channels` replaces the Run's for testing."
-        check_choice("statistics", run.statistics, ("imagenet", "dataset"))
-        check_choice("sampler", run.recipe.sampler, SAMPLERS)
+        check_run(run)
         own = dataset_statistics(self.counts(run.source)) if run.statistics == "dataset" else IMAGENET
         is_rare = run.recipe.sampler == "rare" and split == "train"
         weights = rare_class_weights(self.counts(run.source))[self.kept(run, split)] if is_rare else None
@@ -179,6 +179,7 @@ class Workspace:
 
     def result(self, run: Run, title: str = "") -> Result:
         "Return a finished Run, training it first if needed; if two processes request it at once, one trains and the other waits."
+        check_run(run)
         if self.finished(run) is None:
             self.feed(run, "train"), self.feed(run, "val")  # detect a damaged file before anything is written
             folder, engine = self.folder(run), self.engine(self.trackers)
@@ -293,6 +294,8 @@ def score_again(
     check_choice("tta", tta, tuple(TTA))
     lacks_tiles = (checkpoint, tta) == ("last", "none") and not folder.tiles.is_file()
     if lacks_tiles or not path.is_file():
+        if workspace.folder(result.run).name != folder.name:
+            raise ValueError(f"the data differ from those of {folder}: pass with --data-root the folder that it was trained on")
         model, engine = result.model(checkpoint), workspace.engine()
         tests = {channels: workspace.feed(result.run, "val", channels) for channels in result.run.test_inputs}
         scores, tiles = _score_inputs(model.to(engine.device), tests, engine, tta)

@@ -148,7 +148,7 @@ def test_tile_counts_add_up_to_the_scores(out):
 
 
 def test_tables_are_made_again_from_logs(out, tmp_path, monkeypatch):
-    "Without data and weights, in another folder; a table that differs is named with its cell; what was verified is kept if the logs are the same."
+    "Without data and weights, in another folder; a table that differs is named with its cell; what was verified is kept with equal logs."
     results, tables = tmp_path / "results", ["table1_modality", "section7"]
     words = ["collect", out, "farm", *tables, "--results", results, "--data", "synthetic", "--scale", "smoke", "--seeds", "0"]
     monkeypatch.setattr(sys, "argv", [str(word) for word in words])
