@@ -56,7 +56,7 @@ def _write_and_move(path: Path, fresh: Path, write: Callable[[Path], object]) ->
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(fresh)
-        with fresh.open("rb") as file:
+        with fresh.open("r+b") as file:  # Windows syncs no file that is open for reading only
             os.fsync(file.fileno())
         os.replace(fresh, path)
     except (OSError, SafetensorError) as error:

@@ -1,4 +1,4 @@
-"Pools of processes work, and end with the process that made them, however Python starts processes."
+"Pools of processes work, and end with the process that made them, however Python starts processes; files are synced."
 
 import os
 import subprocess
@@ -6,6 +6,8 @@ import sys
 import time
 
 import pytest
+
+from agrivision_repro.core import replace_file
 
 SCRIPT = """
 import multiprocessing, os, sys, time
@@ -44,3 +46,11 @@ def test_workers_end_with_the_process_that_made_the_pool(method, tmp_path):
     while is_alive(int(second)) and time.monotonic() < until:
         time.sleep(0.05)
     assert not is_alive(int(second))
+
+
+def test_a_file_is_synced_through_a_handle_that_may_write(tmp_path, monkeypatch):
+    "Windows refuses any other."
+    fcntl, modes = pytest.importorskip("fcntl"), []
+    monkeypatch.setattr(os, "fsync", lambda handle: modes.append(fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE))
+    replace_file(tmp_path / "a", lambda path: path.write_text("whole"))
+    assert modes == [os.O_RDWR] and (tmp_path / "a").read_text() == "whole"

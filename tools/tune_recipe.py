@@ -22,7 +22,6 @@ from agrivision_repro.data.batches import TileDataset, thin_out
 from agrivision_repro.data.editions import find_edition
 from agrivision_repro.runs.run import Run, build_loss, build_model, plan_run
 from agrivision_repro.runs.workspace import Workspace
-from agrivision_repro.training.engine import make_engine
 from agrivision_repro.training.evaluate import score_tiles
 from agrivision_repro.training.loop import Trainer, fit, recalibrate_norms
 from agrivision_repro.training.schedule import Recipe
@@ -56,7 +55,7 @@ def last_norms(model: torch.nn.Module) -> float:
 
 def try_recipe(run: Run, workspace: Workspace, state: Path, n_train: int) -> dict:
     "Train on one part of the training tiles and score on the other, before and after recalibration."
-    engine, (train, held) = make_engine(workspace.device, workspace.precision), split_training(run, workspace, n_train)
+    engine, (train, held) = workspace.engine(), split_training(run, workspace, n_train)
     recipe, began = replace(run.recipe, recalibrate=0), time.monotonic()
     trainer = Trainer(build_model(run), build_loss(run), recipe, seed=run.seed, engine=engine)
     fit(trainer, train, state, title=run.title, save_every=10**9)

@@ -33,11 +33,11 @@ def _notebook_parameters(
     name: str,  # of a table
 ) -> dict:  # name → default
     "List the parameters of a table notebook."
-    from papermill import inspect_notebook
-
     from agrivision_repro.study.tables import table_notebook
 
-    return {k: ast.literal_eval(p["default"]) for k, p in inspect_notebook(str(table_notebook(name))).items()}
+    cells = json.loads(table_notebook(name).read_text(encoding="utf-8"))["cells"]
+    source = next("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", ()))
+    return {line.target.id: ast.literal_eval(line.value) for line in ast.parse(source).body if isinstance(line, ast.AnnAssign)}
 
 
 def _inputs_hash(
@@ -60,7 +60,7 @@ def _inputs_hash(
 def _read_metadata(name: str, report: Path, key: str) -> dict:  # empty: not executed yet
     "Return an entry of an executed notebook's metadata."
     try:
-        return json.loads((report / "notebooks" / f"{name}.ipynb").read_text())["metadata"][key]
+        return json.loads((report / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))["metadata"][key]
     except (OSError, ValueError, KeyError):
         return {}
 
@@ -100,7 +100,7 @@ def _run_notebook(
         done = execute_notebook(str(fresh), str(fresh), parameters, kernel_name="python3", progress_bar=False, cwd=str(folder))
         files = [p for kind in ("tables", "figures") for p in (report / kind).glob("*") if table_of(p.stem) == name]
         done.metadata["agrivision_repro"] = {"made_of": origin, "files": sorted(str(p.relative_to(report)) for p in files)}
-        fresh.write_text(json.dumps(done, indent=1) + "\n")
+        fresh.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
     except PapermillExecutionError as failure:
         error = " ".join(f"{failure.ename}: {failure.evalue}".split())
     os.replace(fresh, folder / f"{name}.ipynb")
@@ -111,9 +111,9 @@ def _copy_notebook(name: str, target: Path, without: str) -> None:
     "Copy a table notebook without the cells that have a tag."
     from agrivision_repro.study.tables import table_notebook
 
-    notebook = json.loads(table_notebook(name).read_text())
+    notebook = json.loads(table_notebook(name).read_text(encoding="utf-8"))
     notebook["cells"] = [c for c in notebook["cells"] if without not in c["metadata"].get("tags", ())]
-    target.write_text(json.dumps(notebook))
+    target.write_text(json.dumps(notebook), encoding="utf-8")
 
 
 def _run_quietly(name: str, parameters: dict, origin: str, report: Path, without: str) -> str:
@@ -205,6 +205,8 @@ def plan_tables(
     known = {name: _notebook_parameters(name) for name in names}
     given = common | read_parameters(pairs, {k: v for own in known.values() for k, v in own.items() if k not in _FOLDERS})
     given["seeds"] = check_seeds(given["seeds"])
+    if "others" in given:  # the kernel runs in another folder
+        given["others"] = [str(Path(folder).expanduser().resolve()) for folder in map(str, given["others"])]
     parameters = {name: {k: v for k, v in given.items() if k in own} for name, own in known.items()}
     takes = {name: inspect.signature(TABLES[name]).parameters for name in names}
     return {n: TABLES[n](**{k: v for k, v in own.items() if k in takes[n]}) for n, own in parameters.items()}, parameters
@@ -247,7 +249,7 @@ def _check_can_run(runs: dict[str, list], workspace) -> None:
 
     real = [run for own in runs.values() for run in own if run.source.synthetic is None]
     missing = [measure_data(real[0].source, workspace)[1].split(";")[0]] if real else []
-    if workspace.device == "auto" and not workspace.on_gpu:
+    if any(runs.values()) and workspace.device == "auto" and not workspace.on_gpu:
         missing.append("no GPU was found (--device cpu trains without one)")
     if any(missing):
         print(estimate(runs, workspace, seconds=5.0).as_text())

@@ -102,21 +102,24 @@ def runs(context: typer.Context, out: _Results = "out"):
     "List all runs: state, age, data, mIoU and average precision."
     from agrivision_repro.runs.listing import list_runs
 
-    context.obj = Path(out)
+    context.obj = Path(out).expanduser()
     if context.invoked_subcommand is None:
         table = list_runs(context.obj)
-        print(_format_runs(table) if len(table) else f"no runs in {out}: make some with agrivision train or agrivision reproduce")
+        print(_format_runs(table, context.obj) if len(table) else f"no runs in {out}: make some with agrivision train or agrivision reproduce")
 
 
 def _format_runs(
     table,  # of `listing.list_runs`
+    out: Path,  # folder of all results
 ) -> str:
     "Format a list of runs in 80 columns: id and title, and below them state, age, data and scores."
+    from agrivision_repro.runs.store import name_command
+
     lines = []
     for row in table.to_dict("records"):
         details = [row["state"], f"{row['age']} ago", row["data"], f"mIoU {row['mIoU']}", f"AP {row['AP']}"]
         lines += [f"{row['id']}  {row['title']}", _fill("; ".join(text for text in details if not text.endswith("–")), 14 * " ")]
-    return "\n".join([*lines, "", "next: agrivision runs show ID, or agrivision runs compare ID ID"])
+    return "\n".join([*lines, "", f"next: {name_command(out, 'show ID')}", f"or:   {name_command(out, 'compare ID ID')}"])
 
 
 def _format_comparison(

@@ -6,8 +6,6 @@ import hashlib
 import os
 import shutil
 import tarfile
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -124,7 +122,7 @@ def download(url: str, path: Path, shows_progress: bool = False) -> None:
 
 def _open_source(source: str, room: Path, pinned: PinnedSource, shows_progress: bool = False) -> Path:  # the folder of the data set
     "Download and unpack as far as needed, and find the data set."
-    path = Path(source)
+    path = Path(source).expanduser()
     if "://" in source:
         download(source, room / "archive", shows_progress)
         path = room / ("archive.tar.gz" if tarfile.is_tarfile(room / "archive") else "archive.zip")  # the URL may lack a suffix
@@ -133,8 +131,6 @@ def _open_source(source: str, room: Path, pinned: PinnedSource, shows_progress: 
         folder = path if path.is_dir() else unpack_archive(path, room / "unpacked")
     except ValueError as error:
         raise ValueError(str(error).replace(str(path), source)) from error
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
-        raise ValueError(f"{source} is damaged ({error}): get it again") from error
     for root in (folder, *sorted(folder.iterdir())):
         if not _find_missing(root, pinned):
             return root
@@ -183,7 +179,7 @@ def fetch_data(
     "Fetch an open data set, completely or not at all, verify every byte, and check it."
     if name not in SOURCES:
         raise ValueError(f"{name!r} cannot be fetched: wanted {' or '.join(SOURCES)}; Agriculture-Vision is available from its authors")
-    pinned, edition, folder = SOURCES[name], find_edition(name), Path(folder).absolute()
+    pinned, edition, folder = SOURCES[name], find_edition(name), Path(folder).expanduser().absolute()
     if not folder.exists():
         with workshop(folder) as room:
             whole = _collect(str(source) or f"{pinned.repository}/archive/{pinned.commit}.tar.gz", room, pinned, shows_progress)

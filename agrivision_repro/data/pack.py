@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -288,7 +289,30 @@ def open_split(
         raise ValueError(f"{folder} holds {', '.join(packed.classes)}, not the classes of {edition}: remove it or pack again")
     if packed.fields != [found.reader.field(name) for name in packed.names]:
         raise ValueError(f"{folder} records other places than {edition} has now: {_REPAIR}")
+    if changed := _find_changed(packed, edition, root):
+        raise ValueError(f"{folder} was packed before its files changed ({changed}): {_REPAIR}")
     return packed
+
+
+def _find_changed(packed: PackedTiles, edition: str, root: str | Path) -> str:  # empty: none, or the files are not there any more
+    "Return the name of a tile that was added, removed or changed since its split was packed."
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            tiles = open_tiles(edition, root, packed.split)
+    except (OSError, ValueError):
+        return ""
+    moved = set(tiles.names) ^ set(packed.names)
+    changed = (name for name in tiles.names if _is_changed(tiles.files(name), packed.file_sizes(name)))
+    return str(min(moved, key=str)) if moved else next(changed, "")
+
+
+def _is_changed(files: dict[str, Path], sizes: dict[str, int]) -> bool:
+    "Return True if some files of a tile exist, and not all in the sizes that they had."
+    found = {}
+    for role, path in files.items():
+        with suppress(OSError):
+            found[role] = os.stat(path).st_size
+    return bool(found) and found != sizes
 
 
 def pack_folder(edition: str, root: str | Path) -> Path:

@@ -30,7 +30,7 @@ def split_by_field(
     seed: int = 0,
 ) -> dict[str, list[str]]:  # split → names of its tiles
     "Copy a data set into a new folder with train and val, completely or not at all."
-    source, folder = Path(source), Path(folder).absolute()
+    source, folder = Path(source), Path(folder).expanduser().absolute()
     need_folders(source, ["images/rgb", "images/nir", "labels"], "images and labels in one folder")
     if folder.exists():
         raise FileExistsError(f"{folder} exists: choose a folder that does not")

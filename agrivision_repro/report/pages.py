@@ -104,7 +104,7 @@ def _report_section(
     return {
         "name": name, "title": escape(title), "question": escape(question.split("?")[0] + "?"),
         "banner": re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", escape(banner_text(results), quote=False)) if results else "",
-        "tables": [{"name": p.stem, "html": p.read_text().replace('href="../index.html#', 'href="#')} for p in tables],
+        "tables": [{"name": p.stem, "html": p.read_text(encoding="utf-8").replace('href="../index.html#', 'href="#')} for p in tables],
         "pictures": [_read_picture(p) for p in pictures],
         "basis": _basis_text(results) if results else "", "credit": escape(results[0].run.edition.credit) if results else "",
     }  # fmt: skip
@@ -140,12 +140,12 @@ def write_report(
             sections.append({"name": name, "title": name, "error": escape(failures[name])})
             continue
         path = folder / "notebooks" / f"{name}.ipynb"
-        path.with_suffix(".html").write_text(_notebook_page(path))
+        path.with_suffix(".html").write_text(_notebook_page(path), encoding="utf-8")
         sections.append(_report_section(name, own, folder))
     has_any = any(results.values())
     page = Environment(loader=FileSystemLoader(_TEMPLATES)).get_template("report.html.j2").render(
         sections=sections, version=version("agrivision_repro"), origin=html_table(_origin_table(results, workspace)) if has_any else ""
     )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "index.html").write_text(page)
+    (folder / "index.html").write_text(page, encoding="utf-8")
     return folder / "index.html"

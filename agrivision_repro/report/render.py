@@ -132,7 +132,7 @@ def save_table(
     save_numbers(name, numbers, workspace)
     html, path = html_table(shown, caption), workspace.report / "tables" / name
     for ending, text in {"md": to_markdown(shown), "tex": _to_latex(shown, caption, name), "html": html}.items():
-        path.with_name(f"{name}.{ending}").write_text(text)
+        path.with_name(f"{name}.{ending}").write_text(text, encoding="utf-8")
     print(f"table: {_short_path(path)}.csv, .md, .tex, .html")
     return HTML(html)
 

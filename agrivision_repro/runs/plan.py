@@ -24,7 +24,7 @@ from agrivision_repro.models.deeplab import count_gmacs
 from agrivision_repro.runs.run import Run, Source, build_intervention, build_loss, build_model
 from agrivision_repro.runs.store import CHECKPOINTS, RunFolder, provenance, run_folders
 from agrivision_repro.runs.workspace import Workspace
-from agrivision_repro.training.engine import Engine, make_engine
+from agrivision_repro.training.engine import Engine
 from agrivision_repro.training.loop import Trainer
 from agrivision_repro.training.schedule import Recipe
 
@@ -254,6 +254,8 @@ class Plan:
 
     def as_text(self, n_devices: int = 8, n_rows: int = 10) -> str:
         "Format the plan for a terminal of 80 columns, with times for 1, 2, 4, … up to `n_devices` devices."
+        if self.table.empty:
+            return "nothing to train: these tables use no run"
         more = [f"… and {len(self.table) - n_rows} more"] if len(self.table) > n_rows else []
         n_open = int((self.table.state != "finished").sum())
         counts = sorted({2**k for k in range(n_devices.bit_length())} | {n_devices})
@@ -283,6 +285,9 @@ def _format_row(row: dict) -> list[str]:
     return [*_wrap(f"{_format_hours(row['hours']):>8}  {row['run']}", 10), *_wrap(f"    {details}; {tables}", 4)]
 
 
+_COLUMNS = ["run", "tables", "state", "iterations", "GMACs", "hours", "tiles/s", "by"]
+
+
 def estimate(
     runs_by_table: dict[str, Sequence[Run]],  # name of a table → its Runs
     workspace: Workspace,
@@ -291,7 +296,7 @@ def estimate(
     "Return the plan for the Runs of tables: their states, and the time for the unfinished ones. Trains and writes nothing."
     unique = list(dict.fromkeys(run for runs in runs_by_table.values() for run in runs))
     data = {source: measure_data(source, workspace) for source in dict.fromkeys(run.source for run in unique)}
-    engine, rows, keys = make_engine(workspace.device, workspace.precision), [], []
+    engine, rows, keys = workspace.engine(), [], []
     for run, name in zip(unique, name_runs(unique), strict=True):
         extent, missing = data[run.source]
         tables = ", ".join(table for table, runs in runs_by_table.items() if run in runs)
@@ -302,7 +307,7 @@ def estimate(
     paces = _pace_all({key: opened.count(key) for key in opened}, engine, seconds)
     for run, key, row in zip(unique, keys, rows, strict=True):
         row |= _cost(run, key[1], data[run.source][0], row, paces.get(key))
-    table = pd.DataFrame(rows).sort_values("hours", ascending=False, kind="stable", ignore_index=True)
+    table = pd.DataFrame(rows, columns=_COLUMNS).sort_values("hours", ascending=False, kind="stable", ignore_index=True)
     missing = dict.fromkeys(text for _, text in data.values() if text)
     return Plan(table, provenance(engine)["device"], engine.precision, (*missing, *_list_notes(unique, engine, list(paces.values()))))
 

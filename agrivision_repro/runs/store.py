@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import subprocess
 import time
 from collections.abc import Iterator
@@ -248,13 +249,23 @@ class Result:
         return model.eval()
 
 
+def name_command(
+    out: Path,  # folder of all results
+    words: str,
+) -> str:
+    "Return the command of `agrivision runs` that has these words, for a folder of results."
+    is_default = Path(out).expanduser().resolve() == Path("out").resolve()
+    return f"agrivision runs {'' if is_default else f'--out {shlex.quote(str(out))} '}{words}"
+
+
 def read_tiles(
     folder: RunFolder,
     n_inputs: int,
     n_classes: int,  # background included
 ) -> np.ndarray:  # test input, tile, class, intersection or union: `(inputs, N, C, 2)` int64
     "Load the counts of a Run's validation tiles; raise ValueError if they are missing or damaged."
-    path, remedy = folder.tiles, f"create it with agrivision runs score {folder.name} (--out and --data-root as in training)"
+    again = name_command(folder.path.parents[1], f"score {folder.name}")
+    path, remedy = folder.tiles, f"create it with {again} --data-root DIR, as in training"
     if not path.is_file():
         raise ValueError(f"{path} is missing: {remedy}")
     try:
@@ -296,7 +307,7 @@ def run_folders(
     out: str | Path,  # folder of all results
 ) -> list[RunFolder]:
     "Return the folders of all Runs, the oldest first."
-    return [RunFolder(path.parent) for path in sorted(Path(out).glob(f"runs/*/{_RECORD}"), key=lambda p: p.stat().st_mtime)]
+    return [RunFolder(path.parent) for path in sorted(Path(out).expanduser().glob(f"runs/*/{_RECORD}"), key=lambda p: p.stat().st_mtime)]
 
 
 def find_run(

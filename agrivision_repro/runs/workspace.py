@@ -20,10 +20,11 @@ import torch
 from torch.utils.data import Subset
 
 from agrivision_repro.core import Stopped, check_choice, notes_stream, read_json, replace_file, write_array, write_json
-from agrivision_repro.data.batches import IMAGENET, SAMPLERS, TileDataset, dataset_statistics, rare_class_weights, thin_out
+from agrivision_repro.data.batches import IMAGENET, TileDataset, dataset_statistics, rare_class_weights, thin_out
 from agrivision_repro.data.editions import fingerprint
 from agrivision_repro.data.pack import PackedTiles, count_tiles, open_split, pack_split
 from agrivision_repro.data.tiles import Tile, Tiles, places_in_both
+from agrivision_repro.runs.check import check_run
 from agrivision_repro.runs.run import Run, Source, build_intervention, build_loss, build_model, describe_run, run_id
 from agrivision_repro.runs.store import Result, RunFolder, hold, provenance
 from agrivision_repro.training.checkpoint import read_tensors, save_tensors
@@ -44,12 +45,9 @@ def default_out() -> Path:
     return next(checkouts, here) / "out"
 
 
-def _remove_empty(folder: Path) -> None:
-    "Remove a folder, and its parents that are then empty."
-    shutil.rmtree(folder, ignore_errors=True)
-    while not any(folder.parent.iterdir()):
-        folder = folder.parent
-        folder.rmdir()
+def has_gpu() -> bool:
+    "Return True if there is a GPU that trains; Apple's MPS has no float64, which losses and scores need."
+    return torch.accelerator.is_available() and torch.accelerator.current_accelerator().type != "mps"
 
 
 def describe_source(source: Source) -> str:
@@ -87,12 +85,16 @@ class Workspace:
     @property
     def on_gpu(self) -> bool:
         "Return True if models are trained on a GPU."
-        return self.device == "auto" and torch.accelerator.is_available()
+        return self.device == "auto" and has_gpu()
+
+    def engine(self, trackers: Sequence = ()) -> Engine:
+        "Make an engine on the device, in its precision."
+        return make_engine("auto" if self.on_gpu else "cpu", self.precision, trackers, self.out / "trackers")
 
     @property
     def torch_device(self) -> torch.device:
         "Return the device on which models are trained and measured."
-        return make_engine(self.device, self.precision).device
+        return self.engine().device
 
     def root(self, source: Source) -> Path:
         "Return the folder of a source's tiles, writing them first if they are synthetic."
@@ -114,10 +116,14 @@ class Workspace:
         if isinstance(tiles, PackedTiles) or len(tiles) * tiles[0].image.nbytes > _PACK_UP_TO:
             return tiles
         folder = self.out / "data" / f"packed-{fingerprint([tiles])}"
+        fresh = [parent for parent in folder.parents if not parent.exists()]
         try:
             return pack_split(tiles, folder, n_workers=1)
         except (ValueError, OSError):
-            _remove_empty(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # from the first that is not empty
+                for parent in fresh:
+                    parent.rmdir()
             raise
 
     def tiles(self, run: Run, split: str) -> Sequence[Tile]:
@@ -127,7 +133,7 @@ class Workspace:
 
     def left_out(self, run: Run) -> list[str]:
         "List the tiles that a Run leaves out because train and val both show their places."
-        check_choice("shared_places", run.shared_places, ("val", "train", "keep"))
+        check_run(run)
         if run.shared_places == "keep":
             return []
         train, val = (self.open(run.source, split) for split in ("train", "val"))
@@ -151,8 +157,7 @@ class Workspace:
 
     def feed(self, run: Run, split: str, channels: str = "") -> TileDataset:
         "Return the tiles with everything that determines the model's input; `channels` replaces the Run's for testing."
-        check_choice("statistics", run.statistics, ("imagenet", "dataset"))
-        check_choice("sampler", run.recipe.sampler, SAMPLERS)
+        check_run(run)
         own = dataset_statistics(self.counts(run.source)) if run.statistics == "dataset" else IMAGENET
         is_rare = run.recipe.sampler == "rare" and split == "train"
         weights = rare_class_weights(self.counts(run.source))[self.kept(run, split)] if is_rare else None
@@ -174,9 +179,10 @@ class Workspace:
 
     def result(self, run: Run, title: str = "") -> Result:
         "Return a finished Run, training it first if needed; if two processes request it at once, one trains and the other waits."
+        check_run(run)
         if self.finished(run) is None:
             self.feed(run, "train"), self.feed(run, "val")  # detect a damaged file before anything is written
-            folder, engine = self.folder(run), make_engine(self.device, self.precision, self.trackers, self.out / "trackers")
+            folder, engine = self.folder(run), self.engine(self.trackers)
             folder.path.mkdir(parents=True, exist_ok=True)
             with hold(folder.lock) if engine.accelerator.is_main_process else nullcontext():
                 engine.accelerator.wait_for_everyone()
@@ -288,7 +294,9 @@ def score_again(
     check_choice("tta", tta, tuple(TTA))
     lacks_tiles = (checkpoint, tta) == ("last", "none") and not folder.tiles.is_file()
     if lacks_tiles or not path.is_file():
-        model, engine = result.model(checkpoint), make_engine(workspace.device, workspace.precision)
+        if workspace.folder(result.run).name != folder.name:
+            raise ValueError(f"the data differ from those of {folder}: pass with --data-root the folder that it was trained on")
+        model, engine = result.model(checkpoint), workspace.engine()
         tests = {channels: workspace.feed(result.run, "val", channels) for channels in result.run.test_inputs}
         scores, tiles = _score_inputs(model.to(engine.device), tests, engine, tta)
         if lacks_tiles:

@@ -23,7 +23,7 @@ from agrivision_repro.runs.run import Run
 from agrivision_repro.runs.store import Result
 from agrivision_repro.runs.workspace import Workspace
 from agrivision_repro.study.modality import OTHER
-from agrivision_repro.training.engine import Engine, make_engine
+from agrivision_repro.training.engine import Engine
 from agrivision_repro.training.evaluate import score_tiles
 
 
@@ -82,7 +82,7 @@ def _fit_steps(
 @lru_cache(maxsize=2)  # one per modality: the nets and seeds of a study share them
 def _prepare(run: Run, workspace: Workspace) -> tuple[dict[str, list], dict[str, Intervention]]:
     "Load the training inputs of both modalities and fit the interventions."
-    engine = make_engine(workspace.device, workspace.precision)
+    engine = workspace.engine()
     streams = {"own": run.channels, "other": OTHER[run.channels]}
     inputs = {side: _training_inputs(run, workspace, channels, engine) for side, channels in streams.items()}
     return inputs, _fit_steps(inputs["own"], inputs["other"])
@@ -94,7 +94,7 @@ def _load_inputs(feed: TileDataset, engine: Engine) -> list:  # of x `(B, 3, H, 
 
 def _evaluate_arms(result: Result, workspace: Workspace) -> tuple[dict, np.ndarray]:
     "Score a trained net in every arm: arm → scores and medians of the divergence over layers; counts per tile, `(arms, N, C, 2)`."
-    run, engine = result.run, make_engine(workspace.device, workspace.precision)
+    run, engine = result.run, workspace.engine()
     inputs, steps = _prepare(replace(run, norm="bn", seed=0), workspace)
     model = result.model().to(engine.device, memory_format=torch.channels_last)
     feeds = {"own": workspace.feed(run, "val", run.channels), "other": workspace.feed(run, "val", OTHER[run.channels])}

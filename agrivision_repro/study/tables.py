@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import agrivision_repro
+from agrivision_repro.runs.check import MAX_SEED
 from agrivision_repro.runs.run import Run, plan_run
 from agrivision_repro.runs.workspace import Workspace
 from agrivision_repro.study.paper import PAPER_NORMS
@@ -30,9 +31,6 @@ def table1(
     ]
 
 
-_MAX_SEED = 2**63  # torch.manual_seed accepts no larger seed
-
-
 def table_of(
     stem: str,  # name of a table or figure, without its ending
 ) -> str:  # a key of `TABLES`; "": none
@@ -50,8 +48,8 @@ def check_seeds(
     except ValueError as error:
         raise ValueError(f"seeds are {seeds!r}: wanted whole numbers separated by commas, like 0,1,2") from error
     seeds = [seeds] if isinstance(seeds, int) else list(seeds)
-    if not seeds or any(not isinstance(s, int) or not 0 <= s < _MAX_SEED for s in seeds) or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds are {seeds}: wanted at least one, all different integers from 0 to 2^63 - 1")
+    if not seeds or any(not isinstance(s, int) or not 0 <= s <= MAX_SEED for s in seeds) or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds are {seeds}: wanted at least one, all different integers from 0 to 2^31 - 1")
     return seeds
 
 

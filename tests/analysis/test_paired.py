@@ -106,10 +106,11 @@ def without(trained):
 
 def test_an_older_run_says_what_to_do_and_the_command_does_it(trained, without, monkeypatch, capsys):
     workspace, (result, path, content) = trained[0], without
-    with pytest.raises(ValueError, match=rf"tiles.npy is missing.*agrivision runs score {result.folder.name} .* as in training"):
+    with pytest.raises(ValueError, match=r"tiles.npy is missing: create it with (.*) --data-root DIR, as in training$") as told:
         result.tile_counts()
-    words = ["agrivision", "runs", "--out", str(workspace.out), "score", result.folder.name, "--device", "cpu", "--precision", "float32"]
-    monkeypatch.setattr(sys, "argv", words)
+    command = str(told.value).partition("create it with ")[2].partition(" --data-root")[0].split()
+    assert command == ["agrivision", "runs", "--out", str(workspace.out), "score", result.folder.name]
+    monkeypatch.setattr(sys, "argv", [*command, "--device", "cpu", "--precision", "float32"])
     try:
         main()
     except SystemExit as stop:
@@ -148,7 +149,7 @@ DAMAGED = {
 def test_damaged_counts(spoil, says, without):
     result, path, content = without
     path.write_bytes(spoil(content))
-    with pytest.raises(ValueError, match=rf"{says}.*remove it \(then create it with agrivision runs score"):
+    with pytest.raises(ValueError, match=rf"{says}.*remove it \(then create it with agrivision runs --out .* score"):
         result.tile_counts()
 
 

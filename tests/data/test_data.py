@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -378,7 +379,32 @@ def test_archives_that_reach_outside(name, link, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["bad.tar"]
 
 
-def test_truncated_archive(farm, tmp_path):
+def zip_archive(path: Path, method: int) -> bytearray:
+    "A zip archive with one member of noise; its bytes."
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("a.bin", np.random.default_rng(0).integers(0, 99, 5000, np.uint8).tobytes())
+    return bytearray(path.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("method", "says"), [(zipfile.ZIP_STORED, "Bad CRC-32"), (zipfile.ZIP_DEFLATED, "rror"), (zipfile.ZIP_STORED, "password required")]
+)
+def test_damaged_zip(method, says, tmp_path):
+    "A flipped byte, in a compressed member too, and a member with a password."
+    path = tmp_path / "bad.zip"
+    content = zip_archive(path, method)
+    if "password" in says:
+        content[content.index(b"PK\x01\x02") + 8] |= 1
+        content[6] |= 1
+    else:
+        content[45] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"bad.zip is damaged \(.*{says}.*\): get it again"):
+        unpack_archive(path, tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.zip"]
+
+
+def test_truncated_archive(farm, tmp_path, monkeypatch):
     with tarfile.open(tmp_path / "whole.tar.gz", "w:gz") as archive:
         archive.add(farm, "Agriculture-Vision")
     half = tmp_path / "half.tar.gz"
@@ -386,5 +412,7 @@ def test_truncated_archive(farm, tmp_path):
     with pytest.raises(ValueError, match="is damaged"):
         unpack_archive(half, tmp_path / "new")
     assert not (tmp_path / "new").exists()
-    new = unpack_archive(tmp_path / "whole.tar.gz", tmp_path / "new")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    new = unpack_archive(tmp_path / "whole.tar.gz", "~/new")
+    assert new == tmp_path / "new"
     assert detect_edition(new) == detect_edition(new / "Agriculture-Vision") == "synthetic"  # whatever its folder is called

@@ -214,10 +214,12 @@ def test_a_copy_in_one_folder(farm, tmp_path, data):
     assert code == 2 and "choose a folder that does not" in shown
 
 
-def test_the_seed_determines_the_split(farm, tmp_path):
+def test_the_seed_determines_the_split(farm, tmp_path, monkeypatch):
     flat = pour_together(farm, tmp_path / "flat")
-    found = [split_by_field(flat, tmp_path / f"split{k}", 0.4, seed) for k, seed in enumerate((0, 0, 1, 2))]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = [split_by_field(flat, f"~/split{k}", 0.4, seed) for k, seed in enumerate((0, 0, 1, 2))]
     assert found[0] == found[1] and len({tuple(names["val"]) for names in found}) > 1
+    assert (tmp_path / "split0").is_dir()
 
 
 def test_what_cannot_be_split(farm, tmp_path):

@@ -375,9 +375,11 @@ def run(monkeypatch, *words):
 
 def test_command(upstream, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch, "naip-trees", "--workers", "1") == 0
-    assert "0 faults" in capsys.readouterr().out and is_commit(tmp_path / "naip-trees", upstream)
-    assert run(monkeypatch, "naip-trees", "--out", tmp_path / "new", "--source", tmp_path / "none.zip") == 2
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for words in ([], ["--out", "~/naip-trees"]):  # the second one verifies the first
+        assert run(monkeypatch, "naip-trees", "--workers", "1", *words) == 0
+        assert "0 faults" in capsys.readouterr().out and is_commit(tmp_path / "naip-trees", upstream)
+    assert run(monkeypatch, "naip-trees", "--out", tmp_path / "new", "--source", "~/none.zip") == 2
     assert capsys.readouterr().err == f"agrivision: {tmp_path / 'none.zip'} is missing: pass the path of the archive\n"
     assert run(monkeypatch, "agrivision-2020", "--out", tmp_path / "new") == 2
     assert "wanted naip-trees or ag-net; Agriculture-Vision is available from its authors" in capsys.readouterr().err

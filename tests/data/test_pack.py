@@ -146,6 +146,33 @@ def test_changed_files_are_packed_again(tmp_path):
     assert pack_split(tiles, root / "packed", n_workers=1).fingerprint != before
 
 
+@pytest.mark.parametrize("change", ["added", "removed", "corrected", "not there", "none"])
+def test_a_pack_made_before_its_files_changed(change, tmp_path):
+    "It is refused and made again; one whose files were removed stands for them."
+    root = synthetic(tmp_path / "farm")
+    tiles = open_tiles("synthetic", root, "train")
+    pack_split(tiles, root / "packed", n_workers=1)
+    name, files = tiles.names[1], tiles.files(tiles.names[1])
+    if change == "corrected":
+        Image.fromarray(np.eye(64, dtype=np.uint8) * 255).save(files["waterway"])
+    elif change == "added":
+        name = "a_0"
+        for path in files.values():
+            shutil.copyfile(path, path.with_stem(name))
+    elif change == "removed":
+        for path in files.values():
+            path.unlink()
+    elif change == "not there":
+        shutil.rmtree(root / "train")
+    if change in ("not there", "none"):
+        assert len(list(open_split("synthetic", root, "train"))) == len(tiles)
+        return
+    with pytest.raises(ValueError, match=rf"train was packed before its files changed \({name}\): make the pack again"):
+        open_split("synthetic", root, "train")
+    packed = pack_split(open_tiles("synthetic", root, "train"), root / "packed", n_workers=1)
+    assert open_split("synthetic", root, "train").fingerprint == packed.fingerprint
+
+
 def test_a_pack_of_other_places(tmp_path, monkeypatch):
     "A pack made when the places of tiles were told otherwise is refused, and made again, also where it was not finished."
     root = naip_chips(tmp_path / "chips", {"train": ("elm_2018_1", "elm_2020_1"), "val": ("elm_2018_2",)})

@@ -1,5 +1,6 @@
 "The repository says everything once, and what it says twice agrees."
 
+import ast
 import json
 import re
 import shlex
@@ -9,6 +10,7 @@ import sys
 import tomllib
 import zipfile
 from configparser import ConfigParser
+from importlib.util import find_spec, resolve_name
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,26 @@ importlib.util.find_spec = find_spec
 from agrivision_repro.cli.app import main
 main()
 """
+
+
+def imported(path, package, seen):
+    "Names of the modules that importing a file imports, through this package, from what its top level says."
+    found, lines = set(), [line for line in ast.parse(path.read_text()).body if isinstance(line, ast.Import | ast.ImportFrom)]
+    for line in lines:
+        origin = resolve_name("." * line.level + (line.module or ""), package) if isinstance(line, ast.ImportFrom) else ""
+        found |= {origin} if origin else {alias.name for alias in line.names}
+    for name in sorted(name for name in found if name.startswith("agrivision_repro.") and name not in seen):
+        seen.add(name)
+        found |= imported(ROOT / f"{name.replace('.', '/')}.py", name.rpartition(".")[0], seen)
+    return {name.partition(".")[0] for name in found if not name.startswith("agrivision_repro")} - sys.stdlib_module_names
+
+
+def test_torch_hub_names_what_is_missing():
+    "Everything that importing hubconf.py needs is in its list, as torch.hub looks it up."
+    lines = ast.parse((ROOT / "hubconf.py").read_text()).body
+    named = next(ast.literal_eval(line.value) for line in lines if isinstance(line, ast.Assign))
+    needed = imported(ROOT / "hubconf.py", "", set())
+    assert needed <= set(named) and {"torch", "PIL"} <= needed and all(find_spec(name) for name in named)
 
 
 def test_trains_and_predicts_without_the_notebooks_extra(tmp_path):

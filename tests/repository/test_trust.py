@@ -52,6 +52,13 @@ def test_nothing_that_is_read_can_run(path):
     assert not any(k.arg == "shell" for name in found if name.startswith("subprocess.") for call in found[name] for k in call.keywords)
 
 
+@pytest.mark.parametrize("path", [path for path in MODULES if path.parent.name in ("cli", "report")], ids=lambda path: path.stem)
+def test_notebooks_and_pages_are_utf_8(path):
+    "Whatever the system's own encoding is."
+    found = [call for name, own in calls(path).items() if name.endswith((".read_text", ".write_text")) for call in own]
+    assert all({k.arg: ast.unparse(k.value) for k in call.keywords}.get("encoding") == "'utf-8'" for call in found)
+
+
 def test_every_url_that_is_fetched_is_told():
     "The hosts of the code's URLs that data or weights come from stand in THIRD_PARTY_LICENSES.md or SECURITY.md."
     from agrivision_repro.data.fetch import SOURCES

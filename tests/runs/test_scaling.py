@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from agrivision_repro.cli.app import main
-from agrivision_repro.cli.reproduce import _announce
+from agrivision_repro.cli.reproduce import _announce, _check_can_run, plan_tables
 from agrivision_repro.runs import plan
 from agrivision_repro.runs.jobs import Interrupted, train_one
 from agrivision_repro.runs.launch import launch
@@ -119,6 +119,26 @@ def test_paper_plan_on_a_laptop(command, tmp_path):
         assert words in text, text
     assert len(text.splitlines()) <= 32 and max(map(len, text.splitlines())) <= 80
     assert re.search(r"^ *[\d,]+ days  ResNet101 on NIR, seed 1$", text, re.M), text
+
+
+def test_tables_without_runs_need_nothing(command, tmp_path, monkeypatch):
+    "Neither time nor a GPU, nor packages for notebooks, to be planned."
+    monkeypatch.setattr("agrivision_repro.runs.workspace.has_gpu", lambda: False)
+    monkeypatch.setitem(sys.modules, "papermill", None)
+    code, text, complaints = command("plan", "fig_schedule", "fig1_blocks", "--scale", "paper", "--out", tmp_path / "out")
+    assert (code, text, complaints) == (0, "nothing to train: these tables use no run\n", [])
+    assert estimate({"fig_schedule": []}, Workspace(tmp_path)).hours(8) == 0
+    _check_can_run({"fig_schedule": []}, Workspace(tmp_path))
+    with pytest.raises(ValueError, match=r"nothing was started: no GPU was found \(--device cpu trains without one\)"):
+        _check_can_run({"table1_modality": table1("smoke")[:1]}, Workspace(tmp_path))
+
+
+def test_other_results_are_found_from_any_folder(tmp_path, monkeypatch):
+    "The kernel of a notebook runs in another one."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    _, parameters = plan_tables(["claims"], {"scale": "smoke", "seeds": "0"}, ['others=["results/farm", "~/farm"]'])
+    assert parameters["claims"]["others"] == [str(tmp_path / "results" / "farm"), str(tmp_path / "home" / "farm")]
 
 
 def test_names_tell_runs_apart():

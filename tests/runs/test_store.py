@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
@@ -71,14 +72,26 @@ def test_a_damaged_record_stops_no_list(tmp_path, command):
     assert code == 0 and new.name in text and "damaged: remove its folder" in text
 
 
-def test_lists_fit_80_columns(tmp_path, command):
+def test_lists_fit_80_columns(tmp_path, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     first, second = write_run(tmp_path, "a" * 12), write_run(tmp_path, "b" * 12, share=0.5, seed=1)
     third = write_run(tmp_path, "c" * 12, share=0.75, norm="bn")
     for words in ([], ["show", "a"], ["compare", "a", "b"], ["compare", "a", "b", "c"]):
-        code, text, _ = command("--out", tmp_path, *words)
+        code, text, _ = command("--out", ".", *words)
         assert code == 0 and max(map(len, text.splitlines())) <= 80, text
     assert [second.name, third.name] == [line.split()[0] for line in text.splitlines() if line.endswith(("50.0 %", "75.0 %"))][:2]
     assert first.result().score("rgb") == first.result().score("nir3", "gated") == 0.25
+
+
+def test_the_hints_name_the_folder_unless_it_is_the_default(tmp_path, command, monkeypatch):
+    "What is printed next can be typed as it is, from home too."
+    folder = write_run(tmp_path / "out", "a" * 12)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder_now, where in ((Path.cwd(), f" --out {tmp_path / 'out'}"), (tmp_path, "")):
+        monkeypatch.chdir(folder_now)
+        code, text, _ = command("--out", "~/out")
+        assert code == 0 and text.endswith(f"\nnext: agrivision runs{where} show ID\nor:   agrivision runs{where} compare ID ID\n")
+    assert command("--out", "~/out", "show", folder.name[:3])[0] == 0
 
 
 def test_scores_have_one_unit_and_the_names_of_the_tables(tmp_path):

@@ -271,7 +271,7 @@ def test_a_failing_notebook_loses_no_other(copy):
     done = agrivision(*SMOKE, copy, "table2_backbones", "table3_losses")
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if line.startswith("agrivision: ")]
-    assert any("table2_backbones failed" in line and "agrivision runs score" in line for line in lines), done.stderr
+    assert any("table2_backbones failed" in line and f"agrivision runs --out {copy} score " in line for line in lines), done.stderr
     page = (copy / "index.html").read_text()
     assert page.count("<strong>Failed:</strong>") == len(lines)
     assert 'id="table3_losses"' in page and "λ1 = 1, λ2 = 1" in page
