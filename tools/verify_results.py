@@ -1,7 +1,7 @@
 """Train some runs of results again with the code as it is, and note in about.json whether their scores are equal to the last digit.
 
-usage: verify_results.py NAME [--data-root DIR] [--norms bn,ibn_s]     one run per commit of the results and norm: of the first seed, as in
-                                                                       the paper's tables and on RGB if there is one
+usage: verify_results.py NAME [--data-root DIR] [--norms bn,ibn_s]     one run per commit of the results and norm: as in the paper's tables,
+                                                                       of the first seed and on RGB if there is one
 """
 
 from __future__ import annotations
@@ -23,12 +23,18 @@ from agrivision_repro.runs.store import git
 from agrivision_repro.runs.workspace import Workspace
 
 
-def choose(runs: Mapping[str, Run], logs: Mapping[str, dict], norms: list[str], seed: int) -> dict[str, Run]:
-    "Choose one run per commit and norm."
+def choose(runs: Mapping[str, Run], logs: Mapping[str, dict], norms: list[str]) -> dict[str, Run]:
+    "Choose one run per commit and norm; any norm if a commit has none of them."
     chosen: dict[tuple[str, str], str] = {}
-    for name, run in sorted(runs.items(), key=lambda item: (bool(item[1].intervention), item[1].channels != "rgb", item[0])):
-        if run.norm in norms and run.seed == seed:
-            chosen.setdefault((logs[name]["record"]["commit"], run.norm), name)
+
+    def rank(item: tuple[str, Run]) -> tuple:
+        name, run = item
+        return run.norm not in norms, bool(run.intervention), run.seed, run.channels != "rgb", name
+
+    for name, run in sorted(runs.items(), key=rank):
+        commit = logs[name]["record"]["commit"]
+        if run.norm in norms or commit not in {known for known, _ in chosen}:
+            chosen.setdefault((commit, run.norm), name)
     return {name: runs[name] for name in chosen.values()}
 
 
@@ -42,7 +48,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         workspace = Workspace(Path(place) / "again", args.data_root, "cpu")
         runs = {own.name: own.run() for own in unpack_logs(folder / "logs", Path(place) / "logs")}
-        for name, run in choose(runs, logs, args.norms.split(","), about["seeds"][0]).items():
+        for name, run in choose(runs, logs, args.norms.split(",")).items():
             threads = re.search(r"(\d+) thread", logs[name]["record"]["device"])  # another number rounds differently
             torch.set_num_threads(int(threads[1]) if threads else torch.get_num_threads())
             equal[name] = workspace.result(run).checkpoints == logs[name]["checkpoints"]
