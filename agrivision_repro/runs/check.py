@@ -8,9 +8,9 @@ from agrivision_repro.models.backbones import DEPTHS, DILATIONS, NORMS
 from agrivision_repro.runs.run import Run, build_intervention, build_loss
 
 MAX_SEED = 2**31 - 1  # training derives numbers below 2**64 from it, the largest that PyTorch takes
-_CHOICES = {
-    "channels": tuple(CHANNELS), "statistics": ("imagenet", "dataset"), "depth": DEPTHS, "norm": tuple(NORMS), "low_level": (1, 3),
-    "output_stride": tuple(DILATIONS), "shared_places": ("val", "train", "keep"),
+_CHOICES = {  # registries as they are: a user may add to them
+    "channels": CHANNELS, "statistics": ("imagenet", "dataset"), "depth": DEPTHS, "norm": NORMS, "low_level": (1, 3),
+    "output_stride": DILATIONS, "shared_places": ("val", "train", "keep"),
 }  # fmt: skip
 _RECIPE_CHOICES = {"augmentation": AUGMENTATIONS, "sampler": SAMPLERS}
 _RECIPE_LEAST = {
@@ -24,7 +24,7 @@ def check_run(run: Run) -> None:
     recipe = run.recipe
     for chosen, start, choices in ((run, "", _CHOICES), (recipe, "recipe.", _RECIPE_CHOICES)):
         for name, allowed in choices.items():
-            check_choice(start + name, getattr(chosen, name), allowed)
+            check_choice(start + name, getattr(chosen, name), tuple(allowed))
     for name, least in _RECIPE_LEAST.items():
         if not getattr(recipe, name) >= least:
             raise ValueError(f"recipe.{name} is {getattr(recipe, name)}: wanted at least {least}")
