@@ -23,6 +23,7 @@ from agrivision_repro.runs.workspace import Workspace
 from agrivision_repro.study.compare import fields_to_draw
 from agrivision_repro.study.figures import reduce_curve, run_divergence
 from agrivision_repro.study.modality import OTHER
+from agrivision_repro.study.paper import PAPER_NORMS
 from agrivision_repro.study.section7 import run_section7
 from agrivision_repro.study.section7_report import judge_arms
 
@@ -172,7 +173,8 @@ def state_trained(
         f"with RGB, by {factors['sham(0.1)']:.2g}) and raises the score on the other modality in {count(doses, 'doses')}; on a line through the "
         f"doses, it changes by {fall.effect:+.1f} points ({fall.low:+.1f} to {fall.high:+.1f}) from the highest to the lowest divergence. Inverted "
         f"samples in training raise the score on the other modality in {count(other, 'nets')}, and lower that on the own modality in "
-        f"{count(own, 'nets', DISAGREES)}. IBN-Net-s scores higher than with frozen switches, which keep its capacity but not its learned shares, in {count(effects[effects.experiment == 'E7'], 'comparisons')}."
+        f"{count(own, 'nets', DISAGREES)}. IBN-Net-s scores higher than with frozen switches, which keep its capacity but not its learned shares, in "
+        f"{count(effects[effects.experiment == 'E7'], 'comparisons')}."
     )
 
 
@@ -211,7 +213,7 @@ def format_effects(effects: pd.DataFrame) -> pd.DataFrame:  # text cells
 
 
 _MARKERS = {"": "o", "kl": "v", "sham": "^", "random_statistics": "s", "switches": "D", "invert": "*", "AdaBN": "P"}
-_COLORS = dict(zip(("bn", "ibn_a", "ibn_b", "ibn_s", "gn"), CURVE_COLORS, strict=False))  # as in Figure 2
+_COLORS = dict(zip((*PAPER_NORMS, "gn"), CURVE_COLORS, strict=False))  # as in Figure 2
 _FACES = {"filled: tested on NIR": "0.4", "open: tested on RGB": "none"}
 
 

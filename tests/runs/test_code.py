@@ -41,3 +41,4 @@ def test_results_name_their_code_and_machine(about):
     if "verified" in known:
         equal = known["verified"]["equal"]  # run → bool
         assert equal and (known["verified"]["commit"] in known["code"]) == all(equal.values())
+        assert set(known["code"]) - {known["verified"]["commit"]} <= set(known["commit"])
