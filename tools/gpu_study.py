@@ -24,16 +24,18 @@ from agrivision_repro.runs.store import Result
 from agrivision_repro.runs.workspace import Workspace
 from agrivision_repro.study.figures import draw_figure2, figure2_medians, figure2_scores, run_divergence, run_switch_weights
 from agrivision_repro.study.modality import modality_scores
+from agrivision_repro.study.section7 import run_section7
 from agrivision_repro.study.tables import fig2
 
 
 def train_and_measure(run: Run, kwargs: dict, n_threads: int) -> str:
-    "Train a Run and measure its divergence in a process of its own; return an error in one line."
+    "Train a Run, measure its divergence and score it in every arm of section 7, in a process of its own; return an error in one line."
     torch.set_num_threads(n_threads)
     try:
         workspace = Workspace(**kwargs)
         result = workspace.result(run)
         run_divergence(result, workspace)
+        run_section7(result, workspace)
         if run.norm == "ibn_s":
             run_switch_weights(result)
     except Exception as error:

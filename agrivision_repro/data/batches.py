@@ -27,9 +27,9 @@ from .tiles import Tile
 # %% auto #0
 __all__ = ['CHANNELS', 'CHANNEL_LABELS', 'IMAGENET', 'TURNS', 'INVERSE', 'AS_IT_IS', 'AUGMENTATIONS', 'SAMPLERS', 'Statistics',
            'dataset_statistics', 'reserve', 'select_channels', 'apply_d4', 'draw_view', 'zoom_and_shift', 'Sample',
-           'rare_class_weights', 'draw_order', 'SampleStream', 'Batch', 'multi_hot', 'apply_zoom', 'make_batch',
-           'TileDataset', 'read_ahead', 'collate', 'copy_planes', 'training_loader', 'scoring_loader', 'thin_out',
-           'whole_tile']
+           'rare_class_weights', 'draw_order', 'SampleStream', 'Batch', 'multi_hot', 'apply_zoom', 'copy_beside',
+           'make_batch', 'TileDataset', 'read_ahead', 'collate', 'copy_planes', 'training_loader', 'scoring_loader',
+           'thin_out', 'whole_tile']
 
 # %% ../../nbs/16_batches.ipynb #cell-05
 CHANNELS = {"rgb": (0, 1, 2), "nir3": (3, 3, 3), "rgbn": (0, 1, 2, 3), "rgbr": (0, 1, 2, 0)}
@@ -227,15 +227,35 @@ def multi_hot(
 # %% ../../nbs/16_batches.ipynb #cell-27
 def apply_zoom(
     planes: Tensor,  # `(B, 6, H, W)` uint8
-    view: Tensor,  # `(B, 3)` float32
+    view: Tensor,  # `(B, 3)` float32, on the CPU
 ) -> Tensor:  # like `planes`
     "Zoom and shift each sample of a batch by its view."
     moved = (view != view.new_tensor(AS_IT_IS)).any(1).nonzero()[:, 0]
     if not len(moved):
         return planes
+    moved, views = moved.to(planes.device), view[moved].to(planes.device)
     image, masks = planes[moved].split([4, 2], 1)
-    seen = [zoom_and_shift(image, view[moved], "bilinear"), zoom_and_shift(masks, view[moved], "nearest")]
+    seen = [zoom_and_shift(image, views, "bilinear"), zoom_and_shift(masks, views, "nearest")]
     return planes.index_copy(0, moved, torch.cat(seen, 1))
+
+
+def copy_beside(
+    x: Tensor,  # on the CPU
+    device: torch.device | str,
+) -> Tensor:
+    "Copy a tensor to a device; to a GPU on a stream of its own, so that the calling thread waits for the copy and training does not."
+    device = torch.device(device)
+    if device.type != "cuda":
+        return x.to(device)
+    stream = _copy_stream(device)
+    with torch.cuda.stream(stream):
+        copied = x.pin_memory().to(device, non_blocking=True)
+    stream.synchronize()
+    copied.record_stream(torch.cuda.current_stream(device))  # its memory is not reused before the kernels that read it
+    return copied
+
+
+_copy_stream = lru_cache(torch.cuda.Stream)  # one per device
 
 
 def make_batch(
@@ -247,7 +267,7 @@ def make_batch(
     nir_levels: np.ndarray | None = None,  # the new value of each NIR value, `(256,)` uint8; None: unchanged
 ) -> Batch:
     "Move samples to the device, zoom and shift them, select channels and unpack labels."
-    planes = apply_zoom(*(t.to(device, non_blocking=True) for t in (samples.planes, samples.view)))
+    planes = apply_zoom(copy_beside(samples.planes, device), samples.view)
     image, (labels, valid) = planes[:, :4], planes[:, 4:].unbind(1)
     if nir_levels is not None:
         image = torch.cat([image[:, :3], torch.from_numpy(nir_levels).to(device)[image[:, 3:].int()]], 1)
