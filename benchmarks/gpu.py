@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -209,6 +210,12 @@ def train_if_it_fits(*args, **options) -> dict:
         torch.cuda.empty_cache()
 
 
+def driver_version() -> str:
+    "Return the version of NVIDIA's driver."
+    words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
+
+
 def run_benchmark(name: str, device: str) -> str:
     "Run another benchmark on the device and return its output."
     words = [sys.executable, HERE / f"{name}.py", "--rounds", "5", "--device", device]
@@ -232,7 +239,8 @@ if __name__ == "__main__":
     run = plan_run("paper" if is_gpu else "smoke", "agrivision-2020", norm="ibn_s", lovasz=1.0)
     run = replace(run, recipe=replace(run.recipe, pretrained=False, crop=0))
     tiles, n_steps = random_tiles(64 if is_gpu else 8, 512 if is_gpu else 64), 60 if is_gpu else 6
-    report = {"machine": provenance(make_engine(wanted)), "parity": check_parity(torch.device(given.device)), "training": {}}
+    machine = provenance(make_engine(wanted)) | {"cores": os.cpu_count()} | ({"driver": driver_version()} if is_gpu else {})
+    report = {"machine": machine, "parity": check_parity(torch.device(given.device)), "training": {}}
     print(f"parity: {perf_counter() - began:.0f} s", flush=True)
     ways = {"bf16": ("bf16", False), "float32": ("float32", False)}
     ways |= {"bf16, compiled": ("bf16", True)} if is_gpu else {}

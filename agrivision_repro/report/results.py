@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from agrivision_repro.core import read_json
+from agrivision_repro.data.editions import find_edition
 
 
 def list_results(
@@ -12,6 +13,13 @@ def list_results(
 ) -> dict[str, dict]:  # name of each folder of results → its about.json: data, scale, seeds, tables, runs, commit, …
     "Load what is known of each folder of results, in order of names."
     return {path.parent.name: read_json(path) for path in sorted(Path(folder).glob("*/about.json"))}
+
+
+def results_title(
+    about: dict,  # data, scale
+) -> str:
+    "Name results by their data, and by the width of the nets if it is the full one."
+    return find_edition(about["data"]).title + ", full width" * (about["scale"] in ("workstation", "paper"))
 
 
 def reproduce_command(

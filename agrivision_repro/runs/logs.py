@@ -97,7 +97,7 @@ def tidy_runs(
     scales: dict[str, str],  # name of the results → scale
     classes: dict[str, Sequence[str]],  # name of the results → names of the classes
 ) -> pd.DataFrame:  # one row per run, checkpoint, test input, metric and class
-    "Return all scores of all runs as one tidy table."
+    "Return all scores of all runs as one tidy table; the best checkpoint is left out where it is the last."
     rows = []
     for name, own in logs.items():
         for log in own:
@@ -106,7 +106,8 @@ def tidy_runs(
             described = {**run, "data": run["source"]["name"], "scale": scales[name], "net": title, "id": log["id"]}
             made = {"seconds": record["seconds"], "device": record["device"].partition(",")[0], "commit": record["commit"][:7]}
             made["iterations"] = log["checkpoints"]["last"]["iteration"]
-            for checkpoint, found in log["checkpoints"].items():
+            differing = {name: c for name, c in log["checkpoints"].items() if name == "last" or c["iteration"] < made["iterations"]}
+            for checkpoint, found in differing.items():
                 for tested, metrics in found["scores"].items():
                     for metric, score in metrics.items():
                         values = {"mean": score["mean"], **dict(zip(classes[name], score["per_class"], strict=True))}
