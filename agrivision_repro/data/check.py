@@ -248,7 +248,8 @@ class CheckReport:
         lines += [""] + [f"{fault.kind}: {fault.message}" for fault in self.faults]
         verdict = "the tables can be trusted" if self.is_trustworthy else "the tables could NOT be trusted"
         n_harmless = sum(fault.kind in _HARMLESS for fault in self.faults)
-        return "\n".join([*lines, f"{len(self.faults)} faults{f', {n_harmless} harmless' if n_harmless else ''}: {verdict}"])
+        n_faults = f"{len(self.faults)} fault{'s' * (len(self.faults) != 1)}"
+        return "\n".join([*lines, f"{n_faults}{f', {n_harmless} harmless' if n_harmless else ''}: {verdict}"])
 
 
 def check_data(

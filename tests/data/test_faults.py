@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
-from trees import farm_2020
+from trees import AG_NET_TILES, ag_net, farm_2020
 
 from agrivision_repro.cli.app import main
 from agrivision_repro.data.check import check_data
@@ -234,3 +234,15 @@ def test_what_cannot_be_split(farm, tmp_path):
     with pytest.raises(FileNotFoundError, match="lacks images/rgb"):
         split_by_field(farm, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir() if "new" in path.name] == []
+
+
+def test_a_damaged_tiff_is_one_line(tmp_path):
+    "Libraries that read it say nothing of their own beside the error, and no folder of results is left."
+    root = ag_net(tmp_path / "data")
+    label = root / "target" / f"cdl_2015245_{AG_NET_TILES['train'][0]}.tif"
+    label.write_bytes(label.read_bytes()[:200])
+    words = [AGRIVISION, "reproduce", "table1_modality", "--scale", "smoke", "--data", "ag-net", "--data-root", root, "--out", tmp_path / "out"]
+    said = subprocess.run(words, capture_output=True, text=True)
+    lines = [line for line in said.stderr.replace("\r", "\n").splitlines() if line.strip()]
+    assert said.returncode == 2 and len(lines) == 1 and label.name in lines[0] and "unpack it again" in lines[0], said.stderr
+    assert not (tmp_path / "out").exists()
