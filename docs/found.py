@@ -15,7 +15,7 @@ from agrivision_repro.data.editions import find_edition
 from agrivision_repro.report.results import list_results, reproduce_command
 from agrivision_repro.runs.logs import read_logs
 from agrivision_repro.runs.run import LATER_FIELDS, describe_run
-from agrivision_repro.study.tables import TABLES
+from agrivision_repro.study.tables import TABLES, table_of
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 load_logs = cache(read_logs)
@@ -90,9 +90,12 @@ def write_page(name: str, about: dict) -> str:  # Markdown
     for path in find_notebooks(name, about):
         title, quote = read_lead(path)
         lines += [f"## [{title}]({path.name})", "", f"{quote.partition('?')[0]}?", "", describe_making(path, about), ""]
-        lines += show_picture(RESULTS / name / "figures" / f"{path.stem}.png")
-        numbers = sorted((RESULTS / name / "tables").glob(f"{path.stem}*.csv"))
-        lines += [f"Numbers: {', '.join(f'[{p.name}]({BLOB}/results/{name}/tables/{p.name})' for p in numbers)}.", ""]
+        figures, numbers = (
+            sorted(p for p in (RESULTS / name / kind).iterdir() if table_of(p.stem) == path.stem) for kind in ("figures", "tables")
+        )
+        lines += show_picture(min(figures, key=lambda p: len(p.stem))) if figures else []
+        links = ", ".join(f"[{p.name}]({BLOB}/results/{name}/tables/{p.name})" for p in numbers)
+        lines += [f"Numbers: {links}.", ""] if numbers else []
     pages = [path.stem for path in find_notebooks(name, about)]
     return "\n".join([*lines, "```{toctree}", ":hidden:", "", *pages, "```", ""])
 
@@ -101,7 +104,8 @@ def read_lead(path: Path) -> tuple[str, str]:
     "Return a notebook's title and the sentence quoted below it."
     first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
     title, _, rest = first.partition("\n")
-    return title.removeprefix("# "), " ".join(re.findall(r"^> (.*)$", rest, re.M))
+    quote = re.search(r"(?:^> .*\n?)+", rest, re.M)
+    return title.removeprefix("# "), " ".join(re.findall(r"^> (.*)$", quote[0], re.M)) if quote else ""
 
 
 def each_notebook() -> Iterator[tuple[str, Path, str, str]]:

@@ -390,7 +390,7 @@ def draw_divergence(
         mark_stages(ax, table.layer.tolist())
         ax.set(xlabel="layer, counted from the input", yscale="log" if is_log else "linear")
         ax.set_title(title, fontsize=9, pad=16)
-        ax.legend(fontsize=7, frameon=False)
+        ax.legend(fontsize=7, framealpha=0.8, edgecolor="none")
     if is_log:
         limit_height(axes[0], np.concatenate([table.divergence for curves in panels.values() for table in curves.values()]))
     axes[0, 0].set_ylabel("symmetric KL divergence")

@@ -271,8 +271,8 @@ def judge(
 # %% ../../nbs/34_significance.ipynb #format-code
 def format_points(effect: Effect) -> str:
     "Format an effect in points with its interval."
-    low, high = effect.interval()
-    return f"{effect.estimate:+.1f}" + (f" ({low:+.1f} to {high:+.1f})" if effect.n_seeds > 1 else "")
+    point, low, high = (f"{round(x, 1) + 0:+.1f}" for x in (effect.estimate, *effect.interval()))  # + 0: no negative zero
+    return point + (f" ({low} to {high})" if effect.n_seeds > 1 else "")
 
 
 def format_factor(effect: Effect) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from agrivision_repro.cli.reproduce import need_notebooks, plan_tables, run_notebooks
+from agrivision_repro.cli.reproduce import need_notebooks, plan_tables, run_reports
 
 NEEDS_WEIGHTS = "needs-weights"  # tag of notebook cells that cannot run from logs
 
@@ -25,14 +25,20 @@ def report(
     names = list(list_results(source))
     if not names:
         raise ValueError(f"{source} contains no NAME/about.json: name a folder of results, such as results/ of the checkout")
-    differences = [line for name in names for line in _remake(name, source, out)]
+    parts, lacking = zip(*(_prepare(name, source, out) for name in names), strict=True)
+    failures = run_reports(list(parts), NEEDS_WEIGHTS)
+    differences = [
+        line
+        for name, lines, failed in zip(names, lacking, failures, strict=True)
+        for line in _tell(name, source, out, lines + [f"{name}: {table} failed: {error}" for table, error in failed.items()])
+    ]
     for line in differences:
         print(f"agrivision: {line}", file=sys.stderr)
     raise typer.Exit(1 if differences else 0)
 
 
-def _remake(name: str, source: Path, out: Path) -> list[str]:  # differences, one line each
-    "Make the tables of one folder of results from its logs."
+def _prepare(name: str, source: Path, out: Path) -> tuple[tuple[dict, dict, Path], list[str]]:  # what `run_reports` takes; a line per missing log
+    "Unpack the logs of one folder of results."
     from agrivision_repro.core import read_json
     from agrivision_repro.runs.logs import unpack_logs
     from agrivision_repro.runs.workspace import KNOWN, Workspace
@@ -47,12 +53,16 @@ def _remake(name: str, source: Path, out: Path) -> list[str]:  # differences, on
     missing = {table: [run.title for run in own if run not in known] for table, own in runs.items()}
     lacking = [f"{name}: {table} lacks the log of {', '.join(titles)}" for table, titles in missing.items() if titles]
     results = {table: workspace.results(own) for table, own in runs.items() if not missing[table]}
-    failures = run_notebooks({table: parameters[table] for table in results}, results, workspace.report, without=NEEDS_WEIGHTS)
-    lines = lacking + [f"{name}: {table} failed: {error}" for table, error in failures.items()]
+    return ({table: parameters[table] for table in results}, results, workspace.report), lacking
+
+
+def _tell(name: str, source: Path, out: Path, lines: list[str]) -> list[str]:  # with the differences
+    "Compare the tables of one folder of results with those beside its logs, and print a line."
     made, kept = (sorted((folder / name / "tables").glob("*.csv")) for folder in (out, source))
-    lines += [f"{path} is not made again" for path in kept if not (out / name / "tables" / path.name).is_file()]
+    lines = lines + [f"{path} is not made again" for path in kept if not (out / name / "tables" / path.name).is_file()]
     lines += [f"{path}: {line}" for path in made for line in _compare(path, source / name / "tables" / path.name)]
-    print(f"{name}: {len(known)} logs, {len(made)} tables in {out / name / 'tables'}{'' if lines else ', equal to those beside the logs'}")
+    n = len(list((source / name / "logs").glob("*.json")))
+    print(f"{name}: {n} logs, {len(made)} tables in {out / name / 'tables'}{'' if lines else ', equal to those beside the logs'}")
     return lines
 
 

@@ -127,25 +127,34 @@ def run_notebooks(
     parameters: dict[str, dict],  # of each notebook
     results: dict[str, list],  # that each uses
     report: Path,
-    without: str = "",  # tag of cells to leave out
 ) -> dict[str, str]:  # failed notebook → error message
-    "Execute table notebooks whose inputs changed, two at a time; the claims, which use the others' measurements, come last."
+    "Execute table notebooks whose inputs changed."
+    return run_reports([(parameters, results, report)])[0]
+
+
+def run_reports(
+    reports: list[tuple[dict[str, dict], dict[str, list], Path]],  # of each: parameters of each notebook, results that each uses, folder
+    without: str = "",  # tag of cells to leave out
+) -> list[dict[str, str]]:  # of each report: failed notebook → error message
+    "Execute the table notebooks of reports, two at a time; the claims, which use the others' measurements, come last."
     from tqdm import tqdm
 
     from agrivision_repro.core import worker_pool
 
-    (report / "notebooks").mkdir(parents=True, exist_ok=True)
-    origins = {name: _inputs_hash(name, parameters[name], results[name]) for name in parameters}
-    todo = [name for name in parameters if not _is_up_to_date(name, origins[name], report)]
-    errors = {}
-    with tqdm(total=len(todo), desc="notebooks", leave=False) as bar:
-        for names in ([n for n in todo if n != "claims"], [n for n in todo if n == "claims"]):
+    jobs = []
+    for parameters, results, report in reports:
+        (report / "notebooks").mkdir(parents=True, exist_ok=True)
+        given = [(name, own, _inputs_hash(name, own, results[name]), report, without) for name, own in parameters.items()]
+        jobs += [job for job in given if not _is_up_to_date(job[0], job[2], report)]
+    errors: dict[Path, dict[str, str]] = {report: {} for *_, report in reports}
+    with tqdm(total=len(jobs), desc="notebooks", leave=False) as bar:
+        for is_last in (False, True):
+            turn = [job for job in jobs if (job[0] == "claims") == is_last]
             with worker_pool(2) as pool:
-                jobs = [(name, parameters[name], origins[name], report, without) for name in names]
-                for name, error in zip(names, pool.map(_run_quietly, *zip(*jobs, strict=True)) if jobs else (), strict=True):
-                    errors[name] = error
+                for (name, *_, report, _), error in zip(turn, pool.map(_run_quietly, *zip(*turn, strict=True)) if turn else (), strict=True):
+                    errors[report] |= {name: error} if error else {}
                     bar.update()
-    return {name: error for name, error in errors.items() if error}
+    return [errors[report] for *_, report in reports]
 
 
 def _choose_tables(names: list[str]) -> list[str]:

@@ -214,9 +214,9 @@ def state_answer(
         f"Matching the statistics of the two modalities multiplies ResNet's divergence by {factors.min():.2g} to {factors.max():.2g}, depending on the "
         f"arm; it clearly raises the score on the other modality in {helped} of {len(matched)} comparisons and lowers it in {hurt} (range of all: "
         f"{matched.gain.min():+.1f} to {matched.gain.max():+.1f} points). Inverting the contrast, then matching mean and standard deviation, clearly raises it "
-        f"in {(turned.verdict == AGREES).sum()} of {len(turned)} nets ({turned.gain.min():+.1f} to {turned.gain.max():+.1f} points). "
+        f"in {(turned.verdict == AGREES).sum()} of {len(turned)} nets (all: {turned.gain.min():+.1f} to {turned.gain.max():+.1f} points). "
         f"An IBN-Net clearly scores higher than ResNet on the other modality in {gains} of {len(observed)} comparisons; "
-        + (f"its lower divergence can account for that in {explained}." if gains else "there is no clear gain that lower divergence could explain.")
+        + (f"that its lower divergence accounts for it is shown in {explained}." if gains else "there is no clear gain that lower divergence could explain.")
     )
 
 
@@ -243,7 +243,7 @@ _MARKERS = dict(zip((AS_IT_IS, *CHANGED), "o^vsDPX*", strict=True))
 
 def draw_dose(scores: pd.DataFrame) -> Figure:
     "Draw mIoU on the other modality against divergence: an arm per marker, a net per color, a line fitted to the arms of each net."
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4.4), dpi=66, sharey=True, layout="constrained")
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4.4), dpi=80, sharey=True, layout="constrained")
     for ax, trained in zip(axes, MODALITIES, strict=True):
         own = scores[scores.trained_on == trained]
         for norm, color in zip(own.norm.unique(), CURVE_COLORS, strict=False):
@@ -252,9 +252,9 @@ def draw_dose(scores: pd.DataFrame) -> Figure:
         ax.set_title(f"trained on {CHANNEL_LABELS[trained]}, tested on {CHANNEL_LABELS[OTHER[trained]]}", fontsize=9)
         ax.set(xscale="log", xlabel="median divergence of the two modalities")
     axes[0].set_ylabel("multi-label mIoU, %")
-    axes[0].legend(fontsize=7, frameon=False)
+    axes[0].legend(fontsize=8, framealpha=0.8, edgecolor="none")
     handles = [Line2D([], [], marker=marker, color="0.4", linestyle="", markersize=5, label=name) for name, marker in _MARKERS.items()]
-    fig.legend(handles=handles, loc="outside right upper", fontsize=7, frameon=False)
+    fig.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
     plt.close(fig)
     return fig
 
@@ -288,6 +288,6 @@ def draw_shares(recovery: pd.DataFrame) -> Figure:
         ax.set_title(f"trained on {CHANNEL_LABELS[trained]}, tested on {CHANNEL_LABELS[OTHER[trained]]}", fontsize=9)
         ax.set(yticks=range(len(CHANGED)), yticklabels=CHANGED, xlabel="share of the decay recovered, %", xlim=(-100, 150))
     axes[0].invert_yaxis()
-    axes[0].legend(fontsize=7, frameon=False)
+    axes[0].legend(fontsize=8, framealpha=0.8, edgecolor="none")
     plt.close(fig)
     return fig

@@ -160,7 +160,7 @@ def state_trained(
         return "With fewer than three seeds nothing is judged."
 
     def count(rows: pd.DataFrame, what: str, verdict: str = AGREES) -> str:
-        return f"{(rows.verdict == verdict).sum()} of {len(rows)} {what} ({rows.effect.min():+.1f} to {rows.effect.max():+.1f} points)"
+        return f"{(rows.verdict == verdict).sum()} of {len(rows)} {what} (all: {rows.effect.min():+.1f} to {rows.effect.max():+.1f} points)"
 
     rgb = scores[(scores.channels == "rgb") & (scores.norm == "bn")]
     logs = np.log(rgb.divergence).groupby(rgb.intervention).mean()
@@ -169,11 +169,11 @@ def state_trained(
     fall = effects[(effects.what == WHOLE_FALL) & (effects.tested_on == "other")].iloc[0]
     own, other = (effects[(effects.experiment == "E9") & (effects.tested_on == side)] for side in SIDES)
     return (
-        f"The divergence as a term of the loss multiplies ResNet's by as little as {factors[list(DOSES)].min():.2g} (its sham, which compares RGB "
-        f"with RGB, by {factors['sham(0.1)']:.2g}) and raises the score on the other modality in {count(doses, 'doses')}; on a line through the "
+        f"With the divergence as a term of the loss, ResNet's falls to as little as {factors[list(DOSES)].min():.2g} of its value (with its sham, "
+        f"which compares RGB with RGB, to {factors['sham(0.1)']:.2g}), and the score on the other modality clearly rises in {count(doses, 'doses')}; on a line through the "
         f"doses, it changes by {fall.effect:+.1f} points ({fall.low:+.1f} to {fall.high:+.1f}) from the highest to the lowest divergence. Inverted "
-        f"samples in training raise the score on the other modality in {count(other, 'nets')}, and lower that on the own modality in "
-        f"{count(own, 'nets', DISAGREES)}. IBN-Net-s scores higher than with frozen switches, which keep its capacity but not its learned shares, in "
+        f"samples in training clearly raise the score on the other modality in {count(other, 'nets')}, and lower that on the own modality in "
+        f"{count(own, 'nets', DISAGREES)}. IBN-Net-s clearly scores higher than with frozen switches, which keep its capacity but not its learned shares, in "
         f"{count(effects[effects.experiment == 'E7'], 'comparisons')}."
     )
 

@@ -146,10 +146,11 @@ def test_the_answer_counts_verdicts():
     answer = section7_report.state_answer(scores, recovery, relation)
     assert "multiplies ResNet's divergence by 0.062 to 0.5, depending on the arm" in answer  # 0.5 ** 4, the histogram; AdaBN
     assert "other modality in 1 of 3 comparisons and lowers it in 1 (range of all: -2.0 to +2.0 points)." in answer
-    assert "clearly raises it in 1 of 2 nets (+4.0 to +6.5 points)" in answer
+    assert "clearly raises it in 1 of 2 nets (all: +4.0 to +6.5 points)" in answer
     assert answer.endswith("no clear gain that lower divergence could explain.")
     gains = section7_report.section7_relation(make_scores(slope=-2.0, gain=0.0))[0]
-    assert "in 1 of 1 comparisons; its lower divergence can account for that in 1." in section7_report.state_answer(scores, recovery, gains)
+    answer = section7_report.state_answer(scores, recovery, gains)
+    assert "in 1 of 1 comparisons; that its lower divergence accounts for it is shown in 1." in answer
     assert "not" in section7_report.state_answer(scores, recovery.assign(verdict=NOT_JUDGED), relation)
 
 
@@ -185,10 +186,10 @@ def test_contrasts_are_differences_of_scores(tmp_path):
     assert section7_trained.state_trained(scores, effects_table) == "With fewer than three seeds nothing is judged."
     judged = effects_table.assign(verdict=np.where(effects_table.effect > 0, AGREES, DISAGREES))
     gains = [rgb.other_multilabel["bn", dose] - rgb.other_multilabel["bn", ""] for dose in section7_trained.DOSES]
-    said = f"on the other modality in {sum(g > 0 for g in gains)} of 4 doses ({min(gains):+.1f} to {max(gains):+.1f} points); "
+    said = f"clearly rises in {sum(g > 0 for g in gains)} of 4 doses (all: {min(gains):+.1f} to {max(gains):+.1f} points); "
     assert said in section7_trained.state_trained(scores, judged)
     sham = rgb.divergence["bn", "sham(0.1)"] / rgb.divergence["bn", ""]
-    assert f"RGB with RGB, by {sham:.2g})" in section7_trained.state_trained(scores, judged)
+    assert f"RGB with RGB, to {sham:.2g})" in section7_trained.state_trained(scores, judged)
     rows = section7_trained.format_trained(section7_trained.select_baselines(scores))
     assert [row for row in rows.index if "+" in row and "NRGB" in row] == ["+ ResNet-gn on NRGB", "+ ResNet, modality_dropout on NRGB"]
     assert list(rows.index[-5:]) == [f"{net} on NIR" for net in ("ResNet", "IBN-Net-a", "IBN-Net-s", "+ ResNet, AdaBN", "+ ResNet-gn")]
