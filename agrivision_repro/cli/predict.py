@@ -125,6 +125,8 @@ def _open_predictor(
     from agrivision_repro.runs.store import find_run
 
     path = Path(model)
+    if not path.exists() and (len(path.parts) > 1 or path.suffix in WRITERS):
+        raise FileNotFoundError(f"{model} does not exist: name a folder of agrivision share, a file of agrivision export, or a Run")
     if path.is_dir() or path.suffix in WRITERS:
         predictor, weights = open_predictor(path, **options), path / "model.safetensors" if path.is_dir() else path
     else:

@@ -360,11 +360,12 @@ def test_bad_files(name, contains, mistake, tmp_path):
     mistake(tmp_path / name, contains=contains, code=1)
 
 
-def test_no_such_training(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["agrivision", "predict", "abc", "a.tif", "-o", "b", "--results", str(tmp_path)])
+@pytest.mark.parametrize(("model", "says"), [("abc", "0 Runs in"), ("shared/abc", "does not exist"), ("abc.onnx", "does not exist")])
+def test_no_such_model(model, says, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["agrivision", "predict", model, "a.tif", "-o", "b", "--results", str(tmp_path)])
     with pytest.raises(SystemExit) as stop:
         main()
-    assert stop.value.code == 2 and "0 Runs in" in capsys.readouterr().err
+    assert stop.value.code == 2 and says in capsys.readouterr().err
 
 
 def test_other_classes_make_no_submission(tmp_path, result):
