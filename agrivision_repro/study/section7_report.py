@@ -243,7 +243,7 @@ _MARKERS = dict(zip((AS_IT_IS, *CHANGED), "o^vsDPX*", strict=True))
 
 def draw_dose(scores: pd.DataFrame) -> Figure:
     "Draw mIoU on the other modality against divergence: an arm per marker, a net per color, a line fitted to the arms of each net."
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4.4), dpi=80, sharey=True, layout="constrained")
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4.4), dpi=66, sharey=True, layout="constrained")
     for ax, trained in zip(axes, MODALITIES, strict=True):
         own = scores[scores.trained_on == trained]
         for norm, color in zip(own.norm.unique(), CURVE_COLORS, strict=False):
