@@ -231,7 +231,7 @@ def test_the_gpu_check_runs(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "gpu.json").read_text())
-    assert report["failed"] == [] and len(report["parity"]) == 8 + len(NORMS)
+    assert report["failed"] == [] and len(report["parity"]) == 9 + len(NORMS)
     assert report["training"]["float32"]["tiles/s"] > 0 and report["machine"]["precision"]
 
 
