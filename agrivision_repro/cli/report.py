@@ -30,7 +30,7 @@ def report(
     differences = [
         line
         for name, lines, failed in zip(names, lacking, failures, strict=True)
-        for line in _tell(name, source, out, lines + [f"{name}: {table} failed: {error}" for table, error in failed.items()])
+        for line in _compare_tables(name, source, out, lines + [f"{name}: {table} failed: {error}" for table, error in failed.items()])
     ]
     for line in differences:
         print(f"agrivision: {line}", file=sys.stderr)
@@ -56,7 +56,7 @@ def _prepare(name: str, source: Path, out: Path) -> tuple[tuple[dict, dict, Path
     return ({table: parameters[table] for table in results}, results, workspace.report), lacking
 
 
-def _tell(name: str, source: Path, out: Path, lines: list[str]) -> list[str]:  # with the differences
+def _compare_tables(name: str, source: Path, out: Path, lines: list[str]) -> list[str]:  # with the differences
     "Compare the tables of one folder of results with those beside its logs, and print a line."
     made, kept = (sorted((folder / name / "tables").glob("*.csv")) for folder in (out, source))
     lines = lines + [f"{path} is not made again" for path in kept if not (out / name / "tables" / path.name).is_file()]

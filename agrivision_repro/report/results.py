@@ -18,7 +18,7 @@ def list_results(
 def results_title(
     about: dict,  # data, scale
 ) -> str:
-    "Name results by their data, and by the width of the nets if it is the full one."
+    "Return the title of results: that of their data, and the width of the nets if it is the full one."
     return find_edition(about["data"]).title + ", full width" * (about["scale"] in ("workstation", "paper"))
 
 
