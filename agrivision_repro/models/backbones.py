@@ -24,6 +24,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..core import check_choice
 from .norms import InstanceBatchNorm2d, SwitchNorm2d
@@ -32,8 +33,8 @@ from .norms import InstanceBatchNorm2d, SwitchNorm2d
 __all__ = ['DEPTHS', 'NORMS', 'DILATIONS', 'MULTIGRID', 'TORCHVISION', 'IBN_NET', 'IMAGENET_URLS', 'INPUT', 'TIMM_NAMES',
            'default_cfgs', 'replace_first_norms', 'backbone_label', 'last_activation', 'add_norm_after_addition',
            'add_instance_norms', 'replace_all_norms', 'swap_norms', 'set_multigrid', 'widen_stem', 'fetch_checkpoint',
-           'read_checkpoint', 'LoadReport', 'load_matching', 'load_imagenet', 'make_resnet', 'create_backbone',
-           'spread', 'branch_spreads', 'make_entry']
+           'read_checkpoint', 'LoadReport', 'load_matching', 'load_imagenet', 'SubsampledConv2d',
+           'subsample_before_narrow_convs', 'make_resnet', 'create_backbone', 'spread', 'branch_spreads', 'make_entry']
 
 # %% ../../nbs/22_backbones.ipynb #cell-05
 def replace_first_norms(
@@ -244,6 +245,26 @@ def load_imagenet(
     logging.getLogger(__name__).info("ResNet-%d %s from ImageNet: %s", depth, norm, report)
     return report
 
+# %% ../../nbs/22_backbones.ipynb #narrow002
+class SubsampledConv2d(nn.Conv2d):
+    "A strided 1×1 convolution that takes every n-th pixel first and then convolves without a stride: the same result."
+
+    def forward(self, x: Tensor) -> Tensor:  # `(B, C, H, W)` → `(B, C', ⌈H / stride⌉, ⌈W / stride⌉)`
+        rows, columns = self.stride
+        return F.conv2d(x[:, :, ::rows, ::columns], self.weight, self.bias)
+
+
+def subsample_before_narrow_convs(
+    resnet: ResNet,  # changed in place; weights and their names stay
+) -> None:
+    "Replace the strided 1×1 convolutions of less than 16 input channels, whose gradient oneDNN computes wrongly."
+    for name, conv in list(resnet.named_modules()):
+        if isinstance(conv, nn.Conv2d) and conv.kernel_size == (1, 1) and conv.stride != (1, 1) and conv.in_channels < 16:
+            parent, _, own = name.rpartition(".")
+            new = SubsampledConv2d(conv.in_channels, conv.out_channels, 1, conv.stride, bias=False, device="meta")
+            new.weight = conv.weight
+            setattr(resnet.get_submodule(parent), own, new)
+
 # %% ../../nbs/22_backbones.ipynb #cell-23
 def make_resnet(
     depth: int,  # one of `DEPTHS`
@@ -260,6 +281,7 @@ def make_resnet(
     options = {"zero_init_last": False} | options  # as in the authors' code; timm's default sets every residual branch to zero
     resnet: ResNet = timm.create_model(f"resnet{depth}", in_chans=3 if in_chans == 4 else in_chans, **options)
     swap_norms(resnet, norm)
+    subsample_before_narrow_convs(resnet)
     if pretrained:
         load_imagenet(resnet, depth, norm)
     return widen_stem(resnet) if in_chans == 4 else resnet
