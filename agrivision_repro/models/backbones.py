@@ -250,8 +250,7 @@ class SubsampledConv2d(nn.Conv2d):
     "A strided 1×1 convolution that takes every n-th pixel first and then convolves without a stride: the same result."
 
     def forward(self, x: Tensor) -> Tensor:  # `(B, C, H, W)` → `(B, C', ⌈H / stride⌉, ⌈W / stride⌉)`
-        rows, columns = self.stride
-        return F.conv2d(x[:, :, ::rows, ::columns], self.weight, self.bias)
+        return F.conv2d(F.max_pool2d(x, 1, self.stride), self.weight, self.bias)
 
 
 def subsample_before_narrow_convs(
