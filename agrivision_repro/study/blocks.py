@@ -71,7 +71,7 @@ class BlockTracer(fx.Tracer):
     "Tracer that stops at convolutions, norms and activations."
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        own = (nn.BatchNorm2d, InstanceBatchNorm2d, SwitchNorm2d)
+        own = (nn.Conv2d, nn.BatchNorm2d, InstanceBatchNorm2d, SwitchNorm2d)  # subclasses too
         return isinstance(module, own) or super().is_leaf_module(module, name)
 
 # %% ../../nbs/66_blocks.ipynb #ee327c16

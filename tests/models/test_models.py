@@ -56,10 +56,9 @@ import torch
 from agrivision_repro.models.backbones import create_backbone
 
 torch.set_num_threads(1)
-for depth in (18, 34):
-    net = create_backbone(depth, width=1 / 16).to(memory_format=torch.channels_last)
-    for _ in range(20):
-        net(torch.randn(4, 3, 64, 64).to(memory_format=torch.channels_last)).square().mean().backward()
+net = create_backbone(18, width=1 / 16).to(memory_format=torch.channels_last)
+for _ in range(20):
+    net(torch.randn(4, 3, 64, 64).to(memory_format=torch.channels_last)).square().mean().backward()
 """
 
 

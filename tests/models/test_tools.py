@@ -343,7 +343,7 @@ def test_deeplab_exports_with_dynamic_sizes(norm):
 def test_deeplab_in_onnxruntime(norm, tmp_path):
     torch.manual_seed(0)
     net = DeepLabV3Plus(3, 18, norm, width=1 / 16).eval()
-    run = onnx_of(net, images(2, 4, 64, 64), tmp_path / "net.onnx")
+    run, exact = onnx_of(net, images(2, 4, 64, 64), tmp_path / "net.onnx"), copy.deepcopy(net).double()
     with torch.no_grad():
         for x in (images(2, 4, 64, 64), images(1, 4, 80, 50), images(3, 4, 96, 64)):
-            same(run(x), net(x))
+            same(run(x), exact(x.double()).float())  # eager's own rounding is as large as the runtime's
