@@ -25,12 +25,13 @@ $(VENV)/.ready: settings.ini setup.py pyproject.toml constraints.txt tools/make_
 	@PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" sh tools/make_venv.sh $(VENV)
 	@touch $@
 
+# pytest takes the runs that the notebooks trained instead of training them again
 test: $(VENV)/.ready
 	$(BIN)/python tools/check_in_step.py
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/python tools/run_nbdev_test.py
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python tools/run_nbdev_test.py --out build/smoke
+	SMOKE=build/smoke $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-lab: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -rs -n 0 tests/repository/test_lab.py

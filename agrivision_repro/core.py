@@ -29,10 +29,10 @@ def worker_pool(
     if n_workers < 2:
         return nullcontext()
     context = multiprocessing.get_context("spawn" if is_fresh else None)
-    return ProcessPoolExecutor(n_workers, context, _exit_with_parent)
+    return ProcessPoolExecutor(n_workers, context, exit_with_parent)
 
 
-def _exit_with_parent() -> None:
+def exit_with_parent() -> None:
     "Exit this process soon after the process that made the pool has ended; with a fork server, that is not its parent in the system."
 
     def watch() -> None:

@@ -118,8 +118,11 @@ def _copy_notebook(name: str, target: Path, without: str) -> None:
 
 def _run_quietly(name: str, parameters: dict, origin: str, report: Path, without: str) -> str:
     "Execute a notebook in a worker process with stderr discarded: it holds only the kernel's warnings."
+    from agrivision_repro.report.kernels import fork_kernels
+
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
+    fork_kernels()
     return _run_notebook(name, parameters, origin, report, without)
 
 
