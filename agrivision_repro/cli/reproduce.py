@@ -81,30 +81,38 @@ def _warn_of_replacing(parameters: dict[str, dict], report: Path) -> None:
             return
 
 
-def _run_notebook(
-    name: str,  # of a table
-    parameters: dict,
-    origin: str,  # of `_inputs_hash`
-    report: Path,
-    without: str,  # tag of cells to leave out; "": none
-) -> str:  # error message; "": none
-    "Execute a table notebook into the report; a failed one is saved up to its error."
+def _execute(notebook: Path, parameters: dict) -> str:  # error message; "": none
+    "Execute a notebook in place, in a worker process with stderr discarded: it holds only the kernel's warnings."
     from papermill import PapermillExecutionError, execute_notebook
 
+    from agrivision_repro.report.kernels import fork_kernels
+
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    fork_kernels()
+    try:
+        execute_notebook(str(notebook), str(notebook), parameters, kernel_name="python3", progress_bar=False, cwd=str(notebook.parent))
+    except PapermillExecutionError as failure:
+        return " ".join(f"{failure.ename}: {failure.evalue}".split())
+    return ""
+
+
+def _fresh(name: str, report: Path) -> Path:
+    "Return the path of a table notebook while it is executed."
+    return report / "notebooks" / f"{name}.new.ipynb"
+
+
+def _keep_notebook(name: str, origin: str, report: Path, error: str) -> None:
+    "Put an executed notebook in its place, a complete one with its inputs' hash and its files."
     from agrivision_repro.study.tables import table_of
 
-    folder = report / "notebooks"
-    fresh, error = folder / f"{name}.new.ipynb", ""
-    _copy_notebook(name, fresh, without)
-    try:
-        done = execute_notebook(str(fresh), str(fresh), parameters, kernel_name="python3", progress_bar=False, cwd=str(folder))
+    fresh = _fresh(name, report)
+    if not error:
+        done = json.loads(fresh.read_text(encoding="utf-8"))
         files = [p for kind in ("tables", "figures") for p in (report / kind).glob("*") if table_of(p.stem) == name]
-        done.metadata["agrivision_repro"] = {"made_of": origin, "files": sorted(str(p.relative_to(report)) for p in files)}
+        done["metadata"]["agrivision_repro"] = {"made_of": origin, "files": sorted(str(p.relative_to(report)) for p in files)}
         fresh.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
-    except PapermillExecutionError as failure:
-        error = " ".join(f"{failure.ename}: {failure.evalue}".split())
-    os.replace(fresh, folder / f"{name}.ipynb")
-    return error
+    os.replace(fresh, fresh.with_name(f"{name}.ipynb"))
 
 
 def _copy_notebook(name: str, target: Path, without: str) -> None:
@@ -114,16 +122,6 @@ def _copy_notebook(name: str, target: Path, without: str) -> None:
     notebook = json.loads(table_notebook(name).read_text(encoding="utf-8"))
     notebook["cells"] = [c for c in notebook["cells"] if without not in c["metadata"].get("tags", ())]
     target.write_text(json.dumps(notebook), encoding="utf-8")
-
-
-def _run_quietly(name: str, parameters: dict, origin: str, report: Path, without: str) -> str:
-    "Execute a notebook in a worker process with stderr discarded: it holds only the kernel's warnings."
-    from agrivision_repro.report.kernels import fork_kernels
-
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    fork_kernels()
-    return _run_notebook(name, parameters, origin, report, without)
 
 
 def run_notebooks(
@@ -147,14 +145,18 @@ def run_reports(
     jobs = []
     for parameters, results, report in reports:
         (report / "notebooks").mkdir(parents=True, exist_ok=True)
-        given = [(name, own, _inputs_hash(name, own, results[name]), report, without) for name, own in parameters.items()]
+        given = [(name, own, _inputs_hash(name, own, results[name]), report) for name, own in parameters.items()]
         jobs += [job for job in given if not _is_up_to_date(job[0], job[2], report)]
     errors: dict[Path, dict[str, str]] = {report: {} for *_, report in reports}
+    for name, *_, report in jobs:
+        _copy_notebook(name, _fresh(name, report), without)
     with tqdm(total=len(jobs), desc="notebooks", leave=False) as bar:
         for is_last in (False, True):
             turn = [job for job in jobs if (job[0] == "claims") == is_last]
-            with worker_pool(2) as pool:
-                for (name, *_, report, _), error in zip(turn, pool.map(_run_quietly, *zip(*turn, strict=True)) if turn else (), strict=True):
+            given = [(_fresh(name, report), own) for name, own, _, report in turn]
+            with worker_pool(2, is_fresh=True) as pool:
+                for (name, _, origin, report), error in zip(turn, pool.map(_execute, *zip(*given, strict=True)) if given else (), strict=True):
+                    _keep_notebook(name, origin, report, error)
                     errors[report] |= {name: error} if error else {}
                     bar.update()
     return [errors[report] for *_, report in reports]
