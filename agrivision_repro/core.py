@@ -33,7 +33,7 @@ def worker_pool(
 
 
 def exit_with_parent() -> None:
-    "Exit this process soon after the process that made the pool has ended; with a fork server, that is not its parent in the system."
+    "Exit this process soon after the process that started it has ended; with a fork server, that is not its parent in the system."
 
     def watch() -> None:
         multiprocessing.parent_process().join()

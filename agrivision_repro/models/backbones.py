@@ -256,7 +256,7 @@ class SubsampledConv2d(nn.Conv2d):
 def subsample_before_narrow_convs(
     resnet: ResNet,  # changed in place; weights and their names stay
 ) -> None:
-    "Replace the strided 1×1 convolutions of less than 16 input channels, whose gradient oneDNN computes wrongly."
+    "Replace the strided 1×1 convolutions of fewer than 16 input channels, whose gradient oneDNN computes wrongly."
     for name, conv in list(resnet.named_modules()):
         if isinstance(conv, nn.Conv2d) and conv.kernel_size == (1, 1) and conv.stride != (1, 1) and conv.in_channels < 16:
             parent, _, own = name.rpartition(".")
