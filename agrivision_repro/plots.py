@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 from collections.abc import Sequence
 
@@ -10,6 +12,8 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from PIL import Image
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 CLASS_COLORS = (
     "#22313f", "#56b4e9", "#e69f00", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#f0e442", "#999999",
@@ -101,3 +105,25 @@ def limit_height(
             for line in [line for line in ax.lines if line.get_marker() == "o"]:
                 beyond = [(x, y) for x, y in line.get_xydata() if y > top]
                 ax.plot([x for x, _ in beyond], [top / 1.5 for _ in beyond], "^", color=line.get_color(), markersize=5)
+
+
+def shrink_png(
+    png: bytes,
+    n_colors: int = 256,
+) -> bytes:
+    "Reduce a PNG to a palette, thin lines included: a third to a fifth of its size; its description stays."
+    picture, small, described = PngImageFile(io.BytesIO(png)), io.BytesIO(), PngInfo()
+    for key, text in picture.text.items():
+        described.add_text(key, text)
+    picture.convert("RGB").quantize(n_colors, Image.Quantize.MAXCOVERAGE, kmeans=1).save(small, "png", optimize=True, pnginfo=described)
+    return small.getvalue()
+
+
+def shrink_outputs(
+    cells: Sequence[dict],  # of an executed notebook; changed in place
+    n_colors: int = 256,
+) -> None:
+    "Reduce the PNGs that a notebook shows to palettes."
+    for data in (output.get("data", {}) for cell in cells for output in cell.get("outputs", [])):
+        if "image/png" in data:
+            data["image/png"] = base64.b64encode(shrink_png(base64.b64decode(data["image/png"]), n_colors)).decode()

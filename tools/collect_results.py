@@ -10,19 +10,16 @@ tables again from the logs.
 from __future__ import annotations
 
 import argparse
-import base64
-import io
 import json
 import shutil
 from collections import Counter
 from pathlib import Path
 
 import pandas as pd
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from agrivision_repro.core import read_json, write_json
 from agrivision_repro.data.editions import find_edition
+from agrivision_repro.plots import shrink_outputs, shrink_png
 from agrivision_repro.report.results import list_results
 from agrivision_repro.runs.code import code_at
 from agrivision_repro.runs.logs import read_logs, tidy_runs, write_log
@@ -30,6 +27,8 @@ from agrivision_repro.runs.store import Result
 from agrivision_repro.runs.workspace import Workspace
 from agrivision_repro.study.matrix import claims_matrix, draw_matrix
 from agrivision_repro.study.tables import ON_REQUEST, TABLES, check_seeds, table_of
+
+N_COLORS = 64  # of pictures in results/
 
 
 def tell_about(results: list[Result], args: argparse.Namespace, tables: list[str]) -> dict:
@@ -70,17 +69,7 @@ def copy_products(out: Path, folder: Path, tables: list[str], data_root: str) ->
                 if ending == "ipynb":
                     clean_notebook(copied, paths)
                 if ending == "png":
-                    copied.write_bytes(shrink(copied.read_bytes()))
-
-
-def shrink(png: bytes) -> bytes:
-    "Reduce a picture to 64 colors, thin lines included, a fifth of its size; its description stays."
-    picture, small = Image.open(io.BytesIO(png)), io.BytesIO()
-    described = PngInfo()
-    for key, text in picture.text.items():
-        described.add_text(key, text)
-    picture.convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE, kmeans=1).save(small, "png", optimize=True, pnginfo=described)
-    return small.getvalue()
+                    copied.write_bytes(shrink_png(copied.read_bytes(), N_COLORS))
 
 
 def clean_notebook(notebook: Path, paths: dict[str, str]) -> None:
@@ -91,9 +80,7 @@ def clean_notebook(notebook: Path, paths: dict[str, str]) -> None:
     content = json.loads(text)
     for key in ("input_path", "output_path"):
         content["metadata"].get("papermill", {}).pop(key, None)
-    for data in (output.get("data", {}) for cell in content["cells"] for output in cell.get("outputs", [])):
-        if "image/png" in data:
-            data["image/png"] = base64.b64encode(shrink(base64.b64decode(data["image/png"]))).decode()
+    shrink_outputs(content["cells"], N_COLORS)
     notebook.write_text(json.dumps(content, indent=1) + "\n")
 
 

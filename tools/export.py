@@ -16,6 +16,7 @@ import nbformat
 from nbconvert import MarkdownExporter
 from nbconvert.preprocessors import ExecutePreprocessor, TagRemovePreprocessor
 
+from agrivision_repro.plots import shrink_outputs
 from agrivision_repro.report.results import list_results, reproduce_command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +39,7 @@ def find_notebooks(names: list[str]) -> list[Path]:
 
 
 def run(path: Path) -> None:
-    "Execute a notebook in its own folder and save its outputs without progress bars."
+    "Execute a notebook in its own folder and save its outputs, without progress bars and with small pictures."
     notebook = nbformat.read(path, as_version=4)
     executor = ExecutePreprocessor(timeout=600, kernel_name="python3", coalesce_streams=True)
     executor.preprocess(notebook, {"metadata": {"path": str(path.parent)}})
@@ -47,6 +48,7 @@ def run(path: Path) -> None:
             for output in (o for o in cell.outputs if o.output_type == "stream"):
                 output.text = re.sub(r"[^\n]*\r", "", output.text)  # progress bars
             cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and (o.name == "stderr" or not o.text.strip()))]
+    shrink_outputs(notebook.cells)
     path.write_text(nbformat.writes(notebook).replace(f"{Path(os.environ['AGRIVISION_OUT']).parent}/", "") + "\n")
     print(f"ran {path.relative_to(ROOT)}")
 

@@ -380,6 +380,7 @@ def draw_divergence(
     "Draw divergence against depth in panels side by side."
     if not panels or not all(panels.values()):
         raise ValueError("draw_divergence has nothing to draw: pass {title: {label: table}}")
+    has_same_curves = len({tuple(curves) for curves in panels.values()}) == 1
     size = (1.5 + 4.7 * len(panels), 3.3)  # inches
     fig, axes = plt.subplots(1, len(panels), squeeze=False, sharey=True, layout="constrained", figsize=size, dpi=100)
     for ax, (title, curves) in zip(axes[0], panels.items(), strict=True):
@@ -390,7 +391,11 @@ def draw_divergence(
         mark_stages(ax, table.layer.tolist())
         ax.set(xlabel="layer, counted from the input", yscale="log" if is_log else "linear")
         ax.set_title(title, fontsize=9, pad=16)
-        ax.legend(fontsize=7, framealpha=0.8, edgecolor="none")
+        if not has_same_curves:
+            ax.legend(fontsize=7, framealpha=0.8, edgecolor="none")
+    if has_same_curves:
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False)
     if is_log:
         limit_height(axes[0], np.concatenate([table.divergence for curves in panels.values() for table in curves.values()]))
     axes[0, 0].set_ylabel("symmetric KL divergence")
