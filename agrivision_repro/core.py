@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from threading import Thread
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 from safetensors import SafetensorError
@@ -30,6 +30,20 @@ def worker_pool(
         return nullcontext()
     context = multiprocessing.get_context("spawn" if is_fresh else None)
     return ProcessPoolExecutor(n_workers, context, exit_with_parent)
+
+
+_PRELOADED: list[str] = []
+
+
+def fork_server(
+    *modules: str,  # that the server is to import; without effect after it has started
+) -> Any:
+    "Return the context whose processes are forks of this process's one server; where the system has none, they are fresh processes."
+    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
+    _PRELOADED.extend(modules)
+    if hasattr(context, "set_forkserver_preload"):
+        context.set_forkserver_preload(list(dict.fromkeys(_PRELOADED)))
+    return context
 
 
 def exit_with_parent() -> None:

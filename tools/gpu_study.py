@@ -14,11 +14,11 @@ import json
 import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
+from agrivision_repro.core import fork_server
 from agrivision_repro.runs.run import Run
 from agrivision_repro.runs.store import Result
 from agrivision_repro.runs.workspace import Workspace
@@ -82,7 +82,7 @@ def main() -> None:
         workspace.left_out(runs[0])  # packs the tiles once, before the processes start
         work[data] = runs, workspace
     jobs = [(run, w.as_kwargs(), 2) for runs, w in work.values() for run in runs]
-    with ProcessPoolExecutor(args.at_once, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(args.at_once, fork_server("__main__")) as pool:
         for (run, *_), error in zip(jobs, pool.map(train_and_measure, *zip(*jobs, strict=True)), strict=True):
             print(f"{time.monotonic() - began:4.0f} s {run.source.name}, {run.title}: {error or 'done'}", flush=True)
     for data, (runs, workspace) in work.items():

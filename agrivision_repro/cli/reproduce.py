@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import sys
+from concurrent.futures import as_completed
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -81,22 +82,6 @@ def _warn_of_replacing(parameters: dict[str, dict], report: Path) -> None:
             return
 
 
-def _execute(notebook: Path, parameters: dict) -> str:  # error message; "": none
-    "Execute a notebook in place, in a worker process with stderr discarded: it holds only the kernel's warnings."
-    from papermill import PapermillExecutionError, execute_notebook
-
-    from agrivision_repro.report.kernels import fork_kernels
-
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    fork_kernels()
-    try:
-        execute_notebook(str(notebook), str(notebook), parameters, kernel_name="python3", progress_bar=False, cwd=str(notebook.parent))
-    except PapermillExecutionError as failure:
-        return " ".join(f"{failure.ename}: {failure.evalue}".split())
-    return ""
-
-
 def _fresh(name: str, report: Path) -> Path:
     "Return the path of a table notebook while it is executed."
     return report / "notebooks" / f"{name}.new.ipynb"
@@ -140,7 +125,11 @@ def run_reports(
     "Execute the table notebooks of reports, two at a time; the claims, which use the others' measurements, come last."
     from tqdm import tqdm
 
-    from agrivision_repro.core import worker_pool
+    from agrivision_repro.report.kernels import execute, kernel_pool
+
+    def work(name: str, own: dict, _: str, report: Path) -> str:
+        _copy_notebook(name, _fresh(name, report), without)
+        return execute(_fresh(name, report), own)
 
     jobs = []
     for parameters, results, report in reports:
@@ -148,16 +137,14 @@ def run_reports(
         given = [(name, own, _inputs_hash(name, own, results[name]), report) for name, own in parameters.items()]
         jobs += [job for job in given if not _is_up_to_date(job[0], job[2], report)]
     errors: dict[Path, dict[str, str]] = {report: {} for *_, report in reports}
-    for name, *_, report in jobs:
-        _copy_notebook(name, _fresh(name, report), without)
     with tqdm(total=len(jobs), desc="notebooks", leave=False) as bar:
         for is_last in (False, True):
-            turn = [job for job in jobs if (job[0] == "claims") == is_last]
-            given = [(_fresh(name, report), own) for name, own, _, report in turn]
-            with worker_pool(2, is_fresh=True) as pool:
-                for (name, _, origin, report), error in zip(turn, pool.map(_execute, *zip(*given, strict=True)) if given else (), strict=True):
-                    _keep_notebook(name, origin, report, error)
-                    errors[report] |= {name: error} if error else {}
+            with kernel_pool(2) as pool:
+                executed = {pool.submit(work, *job): job for job in jobs if (job[0] == "claims") == is_last}
+                for future in as_completed(executed):
+                    name, _, origin, report = executed[future]
+                    _keep_notebook(name, origin, report, future.result())
+                    errors[report] |= {name: future.result()} if future.result() else {}
                     bar.update()
     return [errors[report] for *_, report in reports]
 
@@ -187,6 +174,9 @@ def reproduce(
 ):
     "Train what the tables need, run their notebooks and write the report."
     need_notebooks()
+    from agrivision_repro.report.kernels import fork_kernels
+
+    fork_kernels()  # first: while this process imports PyTorch, so does the server of which runs and notebooks are forks
     from agrivision_repro.report.pages import write_report
     from agrivision_repro.runs.workspace import Workspace
 

@@ -1,23 +1,30 @@
-"""Kernels for the notebooks of a report that start in a moment: forked from a process in which everything is imported."""
+"""The notebooks of a report, executed side by side in kernels that start in a moment: forks of a process in which everything is imported."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import get_all_start_methods
 from multiprocessing.process import BaseProcess
+from pathlib import Path
+from threading import Event
 from typing import Any
 
 from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
 
-from agrivision_repro.core import exit_with_parent
+from agrivision_repro.core import exit_with_parent, fork_server
 
-_PRELOAD = ["ipykernel.kernelapp", "matplotlib.pyplot", "agrivision_repro.study.claims", "agrivision_repro.study.section7_trained"]
+_PRELOAD = ["agrivision_repro.runs.local", "ipykernel.kernelapp", "agrivision_repro.study.claims", "agrivision_repro.study.section7_trained"]
 _PRELOAD += ["agrivision_repro.study.figures", "agrivision_repro.study.class_tables", "agrivision_repro.report.render"]
 _INLINE = "module://matplotlib_inline.backend_inline"
 _LAUNCHER = "ipykernel_launcher"
+_alive: set[BaseProcess] = set()  # kernels
+_is_stopping = Event()
 
 
 class _Forked:
@@ -42,12 +49,16 @@ class _Forked:
 
 
 def _serve(arguments: list[str], environment: dict[str, str], folder: str) -> None:
-    "Be a kernel."
+    "Be a kernel, with stderr discarded: it holds only the kernel's warnings."
+    import matplotlib
     from ipykernel.kernelapp import launch_new_instance
 
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    matplotlib.rcParams["backend"] = environment.get("MPLBACKEND", _INLINE)  # else read when matplotlib is imported
     exit_with_parent()
     launch_new_instance(argv=arguments, parent_handle=os.getppid())
 
@@ -56,23 +67,61 @@ class ForkProvisioner(LocalProvisioner):
     "Start IPython kernels of this Python by a fork, and all others as jupyter_client does."
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:
+        if _is_stopping.is_set():
+            raise RuntimeError("no kernel is started: the notebooks have been stopped")
         if cmd[0] != sys.executable or _LAUNCHER not in cmd:
             return await super().launch_kernel(cmd, **kwargs)
-        context: Any = get_context("forkserver")
         arguments, self.cwd = cmd[cmd.index(_LAUNCHER) + 1 :], kwargs.get("cwd") or os.getcwd()
-        process = context.Process(target=_serve, args=(arguments, dict(kwargs["env"]), str(self.cwd)))
+        process = fork_server().Process(target=_serve, args=(arguments, dict(kwargs["env"]), str(self.cwd)))
         process.start()
+        _alive.add(process)
         self.process, self.pid = _Forked(process), process.pid
         return self.connection_info
 
 
 def fork_kernels() -> None:
-    "Let jupyter_client in this process start kernels by `ForkProvisioner`, where the system has a fork server."
+    "Start this process's fork server, where the system has one, and let jupyter_client start kernels by `ForkProvisioner`."
     if "forkserver" not in get_all_start_methods():
         return
-    os.environ.setdefault("MPLBACKEND", _INLINE)  # before matplotlib is imported
-    context: Any = get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    from multiprocessing.forkserver import ensure_running
+
+    fork_server(*_PRELOAD)
+    ensure_running()
     factory = KernelProvisionerFactory.instance()
     factory.provisioners["fork"] = EntryPoint("fork", f"{__name__}:ForkProvisioner", factory.GROUP_NAME)
     factory.default_provisioner_name = "fork"
+
+
+@contextmanager
+def kernel_pool(n_at_once: int) -> Iterator[ThreadPoolExecutor]:
+    "Yield threads for `execute`; after an error or a signal, neither they nor their kernels go on."
+    fork_kernels()
+    _is_stopping.clear()
+    with ThreadPoolExecutor(n_at_once) as pool:
+        try:
+            yield pool
+        except BaseException:
+            _is_stopping.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in _alive:
+                process.kill()
+            raise
+        finally:
+            _alive.clear()
+
+
+def execute(
+    notebook: Path,  # executed in place, in its folder
+    parameters: dict,
+) -> str:  # error message; "": none
+    "Execute a notebook by papermill."
+    from nbclient.exceptions import DeadKernelError
+    from papermill import PapermillExecutionError, execute_notebook
+
+    try:
+        execute_notebook(str(notebook), str(notebook), parameters, kernel_name="python3", progress_bar=False, cwd=str(notebook.parent))
+    except PapermillExecutionError as failure:
+        return " ".join(f"{failure.ename}: {failure.evalue}".split())
+    except DeadKernelError:
+        return "its kernel died; too little memory?"
+    return ""

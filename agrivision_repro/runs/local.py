@@ -9,15 +9,14 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 from contextlib import redirect_stderr, suppress
-from multiprocessing import get_all_start_methods, get_context, parent_process
+from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
 
 from accelerate.tracking import GeneralTracker
 from tqdm import tqdm
 
-from agrivision_repro.core import Stopped, defer_signals, notes_stream
+from agrivision_repro.core import Stopped, defer_signals, fork_server, notes_stream
 from agrivision_repro.runs.jobs import Interrupted, in_one_line, train_one, work_of
 from agrivision_repro.runs.run import Run
 from agrivision_repro.runs.workspace import Workspace
@@ -119,9 +118,7 @@ class _SideBySide:
 
     def __init__(self, runs: Sequence[Run], workspace: Workspace, n_threads: int):
         self.runs, self.kwargs, self.n_threads = runs, workspace.as_kwargs(), n_threads
-        self.context: Any = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
-        if hasattr(self.context, "set_forkserver_preload"):
-            self.context.set_forkserver_preload([__name__])  # import PyTorch once
+        self.context = fork_server(__name__)  # imports PyTorch once
         self.lock, self.processes, self.is_stopping = threading.Lock(), [], False
         self.iterations = dict.fromkeys(runs, 0)  # completed ones
 

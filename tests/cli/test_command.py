@@ -5,27 +5,20 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from forked import AGRIVISION, Forked, agrivision
 from PIL import Image
 
 from agrivision_repro.cli.app import main
 from agrivision_repro.cli.options import read_value
 from agrivision_repro.data.synthetic_files import SyntheticConfig, write_synthetic
 
-BIN = Path(sys.executable).parent
-
-
-def agrivision(*words, cwd=None):
-    "Run the command as a user does."
-    return subprocess.run([BIN / "agrivision", *map(str, words)], cwd=cwd, capture_output=True, text=True)
-
 
 def test_the_shell_completes():
     "What `agrivision --install-completion` sets up."
     environment = os.environ | {"_AGRIVISION_COMPLETE": "complete_bash", "COMP_WORDS": "agrivision data ch", "COMP_CWORD": "2"}
-    assert subprocess.run([BIN / "agrivision"], env=environment, capture_output=True, text=True).stdout.split() == ["check"]
+    assert subprocess.run([AGRIVISION], env=environment, capture_output=True, text=True).stdout.split() == ["check"]
 
 
 @pytest.fixture
@@ -119,16 +112,16 @@ def test_bad_data(fault, says, tree, tmp_path, mistake):
 
 
 def test_a_mistake_in_the_shell():
-    "The same through the installed command."
-    done = agrivision("reproduce", "--sclae", "smoke")
+    "The same through the installed command, which starts as a shell starts it."
+    done = subprocess.run([AGRIVISION, "reproduce", "--sclae", "smoke"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--sclae" in done.stderr
 
 
 def test_killed_and_started_again(tmp_path):
     "SIGKILL when some runs are finished: those are not repeated, and the report is made."
     out = tmp_path / "out"
-    words = [BIN / "agrivision", "reproduce", "table3_losses", "--scale", "smoke", "--device", "cpu", "--out", out]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = ["reproduce", "table3_losses", "--scale", "smoke", "--device", "cpu", "--out", out]
+    process = Forked(AGRIVISION, *words)
     until = time.monotonic() + 120
     while len(list(out.glob("runs/*/scores.json"))) < 2 and time.monotonic() < until:
         time.sleep(0.01)
@@ -137,7 +130,7 @@ def test_killed_and_started_again(tmp_path):
     finished = {p.parent.name: p.stat().st_mtime_ns for p in out.glob("runs/*/scores.json")}
     assert 2 <= len(finished) < 5
     assert not (out / "index.html").exists()
-    assert agrivision(*words[1:]).returncode == 0
+    assert agrivision(*words).returncode == 0
     again = {p.parent.name: p.stat().st_mtime_ns for p in out.glob("runs/*/scores.json")}
     assert len(again) == 5 and finished.items() <= again.items()
     page = (out / "index.html").read_text()

@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
+from forked import agrivision
 from PIL import Image
 from trees import AG_NET_TILES, ag_net, farm_2020
 
@@ -18,8 +17,6 @@ from agrivision_repro.data.editions import open_tiles
 from agrivision_repro.data.pack import pack_split
 from agrivision_repro.data.split import split_by_field
 from agrivision_repro.data.tiles import BadFile, places_in_both
-
-AGRIVISION = Path(sys.executable).parent / "agrivision"
 
 
 @pytest.fixture
@@ -59,13 +56,13 @@ def empty_boundaries(root):
 def test_check_survives_what_it_reports(farm, spoil, kind):
     "A split of which no tile can be read is still a report: every fault, exit code 1, strict JSON."
     spoil(farm)
-    words = [AGRIVISION, "data", "check", farm, "--data", "agrivision-2020", "--workers", "1"]
-    shown = subprocess.run(words, capture_output=True, text=True)
+    words = ["data", "check", farm, "--data", "agrivision-2020", "--workers", "1"]
+    shown = agrivision(*words)
     assert (shown.returncode, "Traceback" in shown.stderr) == (1, False), shown.stderr
     assert f"{kind}: " in shown.stdout and "could NOT be trusted" in shown.stdout
-    report = json.loads(subprocess.run([*words, "--json"], capture_output=True, text=True).stdout)
+    report = json.loads(agrivision(*words, "--json").stdout)
     assert {fault["kind"] for fault in report["faults"]} >= {kind} and not report["trustworthy"]
-    stats = subprocess.run([AGRIVISION, "data", "stats", *words[3:]], capture_output=True, text=True)
+    stats = agrivision("data", "stats", *words[2:])
     assert stats.returncode == 1 and f"faults, not included here: see agrivision data check {farm}" in stats.stderr
 
 
@@ -242,7 +239,7 @@ def test_a_damaged_tiff_is_one_line(tmp_path):
     label = root / "target" / f"cdl_2015245_{AG_NET_TILES['train'][0]}.tif"
     label.write_bytes(label.read_bytes()[:200])
     words = ["reproduce", "table1_modality", "--scale", "smoke", "--data", "ag-net", "--data-root", root, "--out", tmp_path / "out"]
-    said = subprocess.run([AGRIVISION, *words], capture_output=True, text=True)
+    said = agrivision(*words)
     lines = [line for line in said.stderr.replace("\r", "\n").splitlines() if line.strip()]
     assert said.returncode == 2 and len(lines) == 1, said.stderr
     assert label.name in lines[0] and "unpack it again" in lines[0]

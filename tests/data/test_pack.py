@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import AGRIVISION, Forked, agrivision
 from PIL import Image
 from trees import FARM, ag_net, farm_2020, farm_2021, farm_cvpr2020, naip_chips
 
@@ -71,13 +72,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_killed_ten_times(tmp_path):
     "SIGKILL at random moments, then once to the end: the bytes of an undisturbed run."
     root = write_synthetic(tmp_path / "farm", SyntheticConfig(size=256, train_fields=12, val_fields=2, test_fields=1))
-    command = [BIN / "agrivision", "data", "pack", root, "--workers", "2"]
-    subprocess.run(command, check=True, capture_output=True)
+    command = ["data", "pack", root, "--workers", "2"]
+    agrivision(*command).check_returncode()
     undisturbed = contents(root / "packed")
     shutil.rmtree(root / "packed")
     moments, n_midway, n_done = random.Random(0), 0, 0
     for _ in range(10):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = Forked(AGRIVISION, *command)
         target = n_done + moments.randrange(5)
         while n_written(root) <= target and process.poll() is None:
             time.sleep(0.002)
@@ -85,7 +86,7 @@ def test_killed_ten_times(tmp_path):
         process.wait()
         n_done = n_written(root)
         n_midway += 0 < n_done < 56
-    subprocess.run(command, check=True, capture_output=True)
+    agrivision(*command).check_returncode()
     assert contents(root / "packed") == undisturbed
     assert n_midway > 1  # how many kills fall midway depends on the load of the machine
 

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
+from forked import forks
 from torch import distributed
 
 
 def in_two_processes(work: Callable, folder: Path, *arguments) -> list:
     "Call `work(rank, *arguments)` in each; return both results."
-    mp.spawn(one_process, (work, str(folder), arguments), nprocs=2)
+    forks()
+    mp.start_processes(one_process, (work, str(folder), arguments), nprocs=2, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

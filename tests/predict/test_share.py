@@ -3,7 +3,6 @@
 import json
 import re
 import socket
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import run
 from huggingface_hub import ModelCard, constants
 from rasters import noise, run_command, write_tiff
 from safetensors.torch import load_file, save_file
@@ -221,5 +221,5 @@ def test_torch_hub_loads_the_nets(result, tmp_path):
     code = "import torch; net = torch.hub.load('.', 'deeplabv3plus', 3, 18, 'ibn_s', source='local', width=1 / 16, trust_repo=True).eval()"
     code += "; print(*net(torch.zeros(1, 4, 64, 64)).shape)"
     code += f"; print(torch.hub.load('.', 'trained', {str(tmp_path)!r}, source='local', trust_repo=True).about.title)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = run(sys.executable, "-c", code, cwd=ROOT)
     assert done.stdout.splitlines() == ["1 3 64 64", describe_model(result).title], done.stderr

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked import run
 
 from agrivision_repro.models.backbones import NORMS
 
@@ -227,8 +228,8 @@ def test_out_of_step_is_found_and_named(tmp_path):
 
 def test_the_gpu_check_runs(tmp_path):
     "On a CPU, small: the same code, every parity within its bound."
-    words = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--device", "cpu", "--out", tmp_path / "gpu.json"]
-    done = subprocess.run(words, capture_output=True, text=True)
+    words = [ROOT / "benchmarks" / "gpu.py", "--device", "cpu", "--out", tmp_path / "gpu.json"]
+    done = run(*words)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert report["failed"] == [] and len(report["parity"]) == 9 + len(NORMS)

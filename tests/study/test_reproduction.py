@@ -1,12 +1,12 @@
 "All tables at once: every number of the report comes from the runs, a failure stays where it is, nothing is done twice."
 
 import json
+import multiprocessing
 import os
 import re
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -18,6 +18,7 @@ import pandas as pd
 import papermill
 import psutil
 import pytest
+from forked import AGRIVISION, Forked, agrivision, run
 
 from agrivision_repro.analysis.significance import NOT_JUDGED
 from agrivision_repro.cli.reproduce import _warn_of_replacing
@@ -31,12 +32,8 @@ from agrivision_repro.study.paper import CLAIMS
 from agrivision_repro.study.tables import ON_REQUEST, TABLES, all_runs, table1, table_notebook
 from agrivision_repro.training.evaluate import METRICS
 
-BIN, ROOT = Path(sys.executable).parent, Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 SMOKE = ["reproduce", "--scale", "smoke", "--device", "cpu", "--out"]
-
-
-def agrivision(*words):
-    return subprocess.run([BIN / "agrivision", *map(str, words)], capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +169,8 @@ def test_tables_are_made_again_from_logs(out, tmp_path, monkeypatch):
     assert done.returncode == 1 and done.stderr.count("agrivision: ") == 2, done.stderr
     assert "table1_modality.csv: row 1, mean: " in done.stderr and "section7-old.csv is not made again" in done.stderr
     assert not list((tmp_path / "again").rglob("*.safetensors"))
-    verify = [sys.executable, ROOT / "tools" / "verify_results.py", "farm", "--results", results, "--norms", "bn"]
-    subprocess.run(verify, check=True, capture_output=True)
+    verify = [ROOT / "tools" / "verify_results.py", "farm", "--results", results, "--norms", "bn"]
+    run(*verify).check_returncode()
     about = read_json(results / "farm" / "about.json")
     (name, is_equal), *_ = about["verified"]["equal"].items()
     assert is_equal  # trained again, with as many threads
@@ -182,7 +179,7 @@ def test_tables_are_made_again_from_logs(out, tmp_path, monkeypatch):
     log = read_json(results / "farm" / "logs" / f"{name}.json")
     log["checkpoints"]["last"]["iteration"] += 1
     write_json(results / "farm" / "logs" / f"{name}.json", log)
-    assert subprocess.run(verify, capture_output=True, text=True).stdout.count("other scores") == 1
+    assert run(*verify).stdout.count("other scores") == 1
     collect()
     assert "verified" not in read_json(results / "farm" / "about.json")
 
@@ -190,8 +187,8 @@ def test_tables_are_made_again_from_logs(out, tmp_path, monkeypatch):
 def test_a_study_on_a_bare_machine_leaves_a_record(out, tmp_path):
     "The tool for a GPU machine without notebooks, on finished runs: nothing is trained, and everything but weights is recorded."
     shutil.copytree(out, tmp_path / "out" / "synthetic")
-    words = [sys.executable, ROOT / "tools" / "gpu_study.py", tmp_path / "record", "synthetic=", "--scale", "smoke", "--device", "cpu"]
-    done = subprocess.run([*words, "--at-once", "2", "--out", tmp_path / "out"], capture_output=True, text=True)
+    words = [ROOT / "tools" / "gpu_study.py", tmp_path / "record", "synthetic=", "--scale", "smoke", "--device", "cpu"]
+    done = run(*words, "--at-once", "2", "--out", tmp_path / "out")
     assert done.returncode == 0 and done.stdout.count(": done") == 8, done.stderr
     record = tmp_path / "record" / "synthetic"
     runs = json.loads((record / "runs.json").read_text())["runs"]
@@ -339,7 +336,7 @@ def test_a_killed_training_is_named(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(local, "train_alone", die)
-    monkeypatch.setattr(local, "get_context", lambda _: __import__("multiprocessing").get_context("fork"))
+    monkeypatch.setattr(local, "fork_server", lambda _: multiprocessing.get_context("fork"))
     outcome = launch(table1("smoke"), Workspace(tmp_path, device="cpu"))
     assert not outcome.results and all("signal 9; too little memory?" in why for why in outcome.failures.values())
 
@@ -357,8 +354,8 @@ def laptop_data(tmp_path_factory):
 def test_stopped_runs_save_their_states(laptop_data, tmp_path, signum):
     "The command stopped, or killed: the runs save what they have, and no process stays."
     shutil.copytree(laptop_data, tmp_path / "out")
-    words = [BIN / "agrivision", "reproduce", "table1_modality", "--scale", "laptop", "--device", "cpu", "--out", tmp_path / "out"]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = ["reproduce", "table1_modality", "--scale", "laptop", "--device", "cpu", "--out", tmp_path / "out"]
+    process = Forked(AGRIVISION, *words)
     until = time.monotonic() + 120
     records = []
     while len(records) < 2 and time.monotonic() < until:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import run_in_parts
 
 from agrivision_repro.models.backbones import NORMS
 from agrivision_repro.runs.listing import list_runs
@@ -31,9 +32,9 @@ def run(*words) -> str:
 def folders(tmp_path_factory):
     "What one process and two made of the same."
     folder = tmp_path_factory.mktemp("sharing")
-    for name, words in (("one", [sys.executable]), ("two", TWO)):
+    for name in ("one", "two"):
         (folder / name).mkdir()
-        run(*words, HELPERS / "sharing.py", folder / name)
+        run_in_parts(2 if name == "two" else 1, HELPERS / "sharing.py", folder / name)
     return folder / "one", folder / "two"
 
 
@@ -59,7 +60,7 @@ def test_the_losses_differ(folders):
 
 def test_runs_over_two_processes(tmp_path):
     "A smoke Run of each norm ends, is recorded as two halves, and its weights score the same in one process: identical numbers."
-    run(*TWO, HELPERS / "sharing.py", tmp_path, "--runs")
+    run_in_parts(2, HELPERS / "sharing.py", tmp_path, "--runs")
     assert list_runs(tmp_path).state.tolist() == ["finished"] * len(NORMS)
     workspace = Workspace(tmp_path, device="cpu", precision="float32")
     for folder in run_folders(tmp_path):

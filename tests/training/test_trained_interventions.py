@@ -1,15 +1,13 @@
 "Each intervention in training does what its name says, to the last bit where bits can be compared, and a plain Run is left alone."
 
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import run_in_parts
 from torch import nn
 
 from agrivision_repro.analysis.divergence import divergence
@@ -312,11 +310,7 @@ def test_the_runs_of_section_7():
 def test_runs_over_two_processes(tmp_path):
     "Runs with a penalty and with frozen switches end over two processes, are scored, load, and have the intervention in their title."
     (tmp_path / "script.py").write_text(SCRIPT)
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = [*two, tmp_path / "script.py", tmp_path / "out"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(list(map(str, words)), env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_in_parts(2, tmp_path / "script.py", tmp_path / "out")
     table = list_runs(tmp_path / "out")
     assert table.state.tolist() == ["finished"] * 2
     assert set(table.title) == {"ResNet18, kl(0.1) on RGB, seed 0", "IBN-Net18-s, switches(shuffled) on RGB, seed 0"}

@@ -17,6 +17,7 @@ import pytest
 import torch
 from accelerate import notebook_launcher
 from accelerate.tracking import GeneralTracker
+from forked import AGRIVISION, Forked, run
 from torch import nn
 
 from agrivision_repro.cli.app import main
@@ -32,7 +33,6 @@ from agrivision_repro.training.loop import Trainer, fit, history_table, load_sta
 from agrivision_repro.training.schedule import RECIPES, Recipe, learning_rate
 
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
-BIN = Path(sys.executable).parent
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -45,10 +45,7 @@ def contents(out: Path) -> dict[str, bytes]:
 def test_killed_twenty_times(tmp_path):
     "Twenty SIGKILLs, then two SIGTERMs, at random moments: weights, history and scores of an undisturbed training, bit by bit."
     done = {
-        n: subprocess.run(
-            [sys.executable, HELPERS / "killing.py", tmp_path / n, n, "0"], env=ONE_THREAD, capture_output=True, text=True, check=True
-        )
-        for n in ("0", "22")
+        n: run(HELPERS / "killing.py", tmp_path / n, n, "0", env=ONE_THREAD) for n in ("0", "22")
     }
     assert int(done["22"].stdout) >= 15, done["22"].stderr  # killed while a training was under way
     found, wanted = contents(tmp_path / "22"), contents(tmp_path / "0")
@@ -58,17 +55,13 @@ def test_killed_twenty_times(tmp_path):
     assert not list(folder.glob("**/*.new")) and not (folder / "state").exists()
 
 
-def agrivision(*words, **options):
-    return subprocess.Popen([BIN / "agrivision", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-
-
 LONG = ["-p", "recipe.decay=100000", "--save-every", "2", "--device", "cpu"]
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals(signum, code, tmp_path):
     "Ctrl-C, and what a scheduler sends: the state is saved, the exit code is the signal's, one line says so."
-    process = agrivision("train", "--scale", "smoke", "--out", tmp_path, *LONG, env=ONE_THREAD)
+    process = Forked(AGRIVISION, "train", "--scale", "smoke", "--out", tmp_path, *LONG, env=ONE_THREAD)
     until = time.monotonic() + 60
     while not list(tmp_path.glob("runs/*/state/state.safetensors")) and time.monotonic() < until:
         time.sleep(0.02)
@@ -86,7 +79,7 @@ def test_signals(signum, code, tmp_path):
 def test_two_processes_want_one_run(tmp_path):
     "One trains, the other says that it waits; both end with the same, in one folder."
     words = ["train", "--scale", "smoke", "--out", tmp_path, "--device", "cpu", "-p", "recipe.decay=60"]
-    both = [agrivision(*words, env=ONE_THREAD) for _ in range(2)]
+    both = [Forked(AGRIVISION, *words, env=ONE_THREAD) for _ in range(2)]
     printed = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], printed
     assert printed[0][0] == printed[1][0]
