@@ -3,9 +3,9 @@
 import os
 import subprocess
 import sys
-import time
 
 import pytest
+from forked import wait_until
 
 from agrivision_repro.core import replace_file
 
@@ -42,10 +42,7 @@ def test_workers_end_with_the_process_that_made_the_pool(method, tmp_path):
     assert first and second, "the pool broke"
     process.kill()
     process.wait()
-    until = time.monotonic() + 60
-    while is_alive(int(second)) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not is_alive(int(second))
+    wait_until(lambda: not is_alive(int(second)))
 
 
 def test_a_file_is_synced_through_a_handle_that_may_write(tmp_path, monkeypatch):

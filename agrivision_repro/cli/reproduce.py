@@ -137,15 +137,19 @@ def run_reports(
         given = [(name, own, _inputs_hash(name, own, results[name]), report) for name, own in parameters.items()]
         jobs += [job for job in given if not _is_up_to_date(job[0], job[2], report)]
     errors: dict[Path, dict[str, str]] = {report: {} for *_, report in reports}
-    with tqdm(total=len(jobs), desc="notebooks", leave=False) as bar:
-        for is_last in (False, True):
-            with kernel_pool(2) as pool:
-                executed = {pool.submit(work, *job): job for job in jobs if (job[0] == "claims") == is_last}
+    turns = [[job for job in jobs if (job[0] == "claims") == is_last] for is_last in (False, True)]
+    try:
+        for turn in filter(None, turns):
+            with kernel_pool(2) as pool, tqdm(total=len(turn), desc="notebooks", leave=False) as bar:
+                executed = {pool.submit(work, *job): job for job in turn}
                 for future in as_completed(executed):
                     name, _, origin, report = executed[future]
                     _keep_notebook(name, origin, report, future.result())
                     errors[report] |= {name: future.result()} if future.result() else {}
                     bar.update()
+    finally:
+        for name, *_, report in jobs:
+            _fresh(name, report).unlink(missing_ok=True)
     return [errors[report] for *_, report in reports]
 
 

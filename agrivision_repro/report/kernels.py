@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from importlib.metadata import EntryPoint
 from multiprocessing import get_all_start_methods
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import Any
 
 from jupyter_client.connect import KernelConnectionInfo
@@ -24,7 +25,7 @@ _PRELOAD += ["agrivision_repro.study.figures", "agrivision_repro.study.class_tab
 _INLINE = "module://matplotlib_inline.backend_inline"
 _LAUNCHER = "ipykernel_launcher"
 _alive: set[BaseProcess] = set()  # kernels
-_is_stopping = Event()
+_changing, _is_stopping = Lock(), Event()
 
 
 class _Forked:
@@ -67,14 +68,15 @@ class ForkProvisioner(LocalProvisioner):
     "Start IPython kernels of this Python by a fork, and all others as jupyter_client does."
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:
-        if _is_stopping.is_set():
-            raise RuntimeError("no kernel is started: the notebooks have been stopped")
         if cmd[0] != sys.executable or _LAUNCHER not in cmd:
             return await super().launch_kernel(cmd, **kwargs)
         arguments, self.cwd = cmd[cmd.index(_LAUNCHER) + 1 :], kwargs.get("cwd") or os.getcwd()
         process = fork_server().Process(target=_serve, args=(arguments, dict(kwargs["env"]), str(self.cwd)))
-        process.start()
-        _alive.add(process)
+        with _changing:
+            if _is_stopping.is_set():
+                raise RuntimeError("no kernel is started: the notebooks have been stopped")
+            process.start()
+            _alive.add(process)
         self.process, self.pid = _Forked(process), process.pid
         return self.connection_info
 
@@ -97,14 +99,16 @@ def kernel_pool(n_at_once: int) -> Iterator[ThreadPoolExecutor]:
     "Yield threads for `execute`; after an error or a signal, neither they nor their kernels go on."
     fork_kernels()
     _is_stopping.clear()
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # errors are returned by `execute`
     with ThreadPoolExecutor(n_at_once) as pool:
         try:
             yield pool
         except BaseException:
-            _is_stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in _alive:
-                process.kill()
+            with _changing:
+                _is_stopping.set()
+                for process in _alive:
+                    process.kill()
             raise
         finally:
             _alive.clear()

@@ -4,10 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
-from forked import AGRIVISION, Forked, agrivision
+from forked import AGRIVISION, Forked, agrivision, wait_until
 from PIL import Image
 
 from agrivision_repro.cli.app import main
@@ -122,9 +121,7 @@ def test_killed_and_started_again(tmp_path):
     out = tmp_path / "out"
     words = ["reproduce", "table3_losses", "--scale", "smoke", "--device", "cpu", "--out", out]
     process = Forked(AGRIVISION, *words)
-    until = time.monotonic() + 120
-    while len(list(out.glob("runs/*/scores.json"))) < 2 and time.monotonic() < until:
-        time.sleep(0.01)
+    wait_until(lambda: len(list(out.glob("runs/*/scores.json"))) >= 2)
     process.kill()
     process.wait()
     finished = {p.parent.name: p.stat().st_mtime_ns for p in out.glob("runs/*/scores.json")}

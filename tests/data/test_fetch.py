@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from forked import wait_until
 
 from agrivision_repro.cli.app import main
 from agrivision_repro.data import archives, fetch
@@ -351,10 +352,7 @@ def test_stopped_halfway(stop, upstream, tmp_path):
     upstream.send = send_slowly
     words = [sys.executable, "-c", SCRIPT.format(upstream.pinned()), tmp_path / "trees"]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    part, until = tmp_path / ".trees.part/room/archive", time.monotonic() + 60
-    while not part.exists() and time.monotonic() < until:
-        time.sleep(0.01)
-    assert part.exists()
+    wait_until((tmp_path / ".trees.part/room/archive").exists)
     with pytest.raises(OSError, match=r"\.trees\.part is in use: another process fetches .*trees, so wait"):
         fetch_trees(tmp_path / "trees")
     process.send_signal(stop)

@@ -11,6 +11,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,11 +22,7 @@ from agrivision_repro.core import fork_server
 AGRIVISION = Path(sys.executable).parent / "agrivision"
 _PRELOAD = ["agrivision_repro.cli.app", "agrivision_repro.report.pages", "agrivision_repro.report.kernels", "agrivision_repro.runs.launch"]
 _PRELOAD += ["agrivision_repro.study.claims", "agrivision_repro.study.section7_trained", "agrivision_repro.runs.local", "papermill"]
-
-
-def forks():
-    "Return the context of this worker's server, which has imported what most programs need."
-    return fork_server(*_PRELOAD)
+SERVER = fork_server(*_PRELOAD)  # a context of multiprocessing; each pytest process starts its server when it is first used
 
 
 def _become(words: list[str], environment: dict[str, str], folder: str, files: list[str]) -> None:
@@ -54,7 +52,7 @@ class Forked:
     def __init__(self, *words, env: dict[str, str] | None = None, cwd: str | Path | None = None):
         self.args, self.files = list(map(str, words)), [tempfile.NamedTemporaryFile() for _ in range(2)]
         given = self.args, dict(env or os.environ), str(cwd or os.getcwd()), [file.name for file in self.files]
-        self.process = forks().Process(target=_become, args=given)
+        self.process = SERVER.Process(target=_become, args=given)
         self.process.start()
         self.pid = self.process.pid
 
@@ -93,6 +91,14 @@ def run(*words, timeout: float = 600, **options) -> subprocess.CompletedProcess:
 def agrivision(*words, **options) -> subprocess.CompletedProcess:
     "Run the command as a user does."
     return run(AGRIVISION, *words, **options)
+
+
+def wait_until(is_true: Callable[[], object], seconds: float = 120) -> None:
+    "Wait for a condition, and fail if it does not come true."
+    until = time.monotonic() + seconds
+    while not (found := is_true()) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert found
 
 
 def run_in_parts(n_processes: int, *words) -> None:

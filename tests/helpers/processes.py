@@ -5,14 +5,13 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
-from forked import forks
+from forked import SERVER
 from torch import distributed
 
 
 def in_two_processes(work: Callable, folder: Path, *arguments) -> list:
     "Call `work(rank, *arguments)` in each; return both results."
-    forks()
-    mp.start_processes(one_process, (work, str(folder), arguments), nprocs=2, start_method="forkserver")
+    mp.start_processes(one_process, (work, str(folder), arguments), nprocs=2, start_method=SERVER.get_start_method())
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

@@ -2,9 +2,9 @@
 
 import subprocess
 import sys
-import time
 
 import psutil
+from forked import wait_until
 
 OWNER = """
 import sys
@@ -16,13 +16,6 @@ fork_kernels()
 cell = f"import os, time; from pathlib import Path; Path({sys.argv[1]!r}).write_text(f'{{os.getpid()}}\\\\n'); time.sleep(300)"
 NotebookClient(new_notebook(cells=[new_code_cell(cell)]), kernel_name="python3").execute()
 """
-
-
-def wait_until(is_true) -> None:
-    until = time.monotonic() + 60
-    while not is_true() and time.monotonic() < until:
-        time.sleep(0.1)
-    assert is_true()
 
 
 def test_a_kernel_is_a_fork_that_ends_with_its_owner(tmp_path):

@@ -18,7 +18,7 @@ import pandas as pd
 import papermill
 import psutil
 import pytest
-from forked import AGRIVISION, Forked, agrivision, run
+from forked import AGRIVISION, Forked, agrivision, run, wait_until
 
 from agrivision_repro.analysis.significance import NOT_JUDGED
 from agrivision_repro.cli.reproduce import _warn_of_replacing
@@ -321,6 +321,21 @@ def children(process):
     return [p for p in psutil.Process(process.pid).children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
 
 
+def test_stopped_notebooks_leave_nothing(copy):
+    "Ctrl-C while notebooks are executed: one line, no process and no half-written notebook stays."
+    shutil.rmtree(copy / "notebooks")
+    process = Forked(AGRIVISION, *SMOKE, copy)
+    wait_until(lambda: list(copy.glob("notebooks/*.new.ipynb")) and len(children(process)) >= 3)  # the server and two kernels
+    time.sleep(1)  # some cells
+    family = children(process)
+    process.send_signal(signal.SIGINT)
+    _, printed = process.communicate(60)
+    lines = [line for line in printed.replace("\r", "\n").splitlines() if line.strip() and "notebooks: " not in line]
+    assert process.returncode == 130 and len(lines) == 1 and "the same command resumes" in lines[0], printed
+    assert not psutil.wait_procs(family, timeout=30)[1]
+    assert not list(copy.glob("notebooks/*.new.ipynb"))
+
+
 def test_a_run_that_fails_stops_no_other(tmp_path):
     runs = table1("smoke")
     bad = replace(runs[0], recipe=replace(runs[0].recipe, crop=96))  # larger than the tiles
@@ -356,16 +371,16 @@ def test_stopped_runs_save_their_states(laptop_data, tmp_path, signum):
     shutil.copytree(laptop_data, tmp_path / "out")
     words = ["reproduce", "table1_modality", "--scale", "laptop", "--device", "cpu", "--out", tmp_path / "out"]
     process = Forked(AGRIVISION, *words)
-    until = time.monotonic() + 120
-    records = []
-    while len(records) < 2 and time.monotonic() < until:
-        time.sleep(0.1)
-        records = [p for p in tmp_path.glob("out/runs/*/run.json") if json.loads(p.read_text()).get("resumed_at") is not None]
+
+    def started():
+        return [p for p in tmp_path.glob("out/runs/*/run.json") if json.loads(p.read_text()).get("resumed_at") is not None]
+
+    wait_until(lambda: len(started()) == 2)
     time.sleep(3)  # some iterations
     family = children(process)
     process.send_signal(signum)
     assert process.wait(60) == (128 + signum if signum == signal.SIGTERM else -signum)
     gone, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
-    saved = [RunFolder(path.parent).saved_iteration() for path in records]
+    saved = [RunFolder(path.parent).saved_iteration() for path in started()]
     assert len(saved) == 2 and 0 < min(saved) <= max(saved) < plan_run("laptop", "synthetic").recipe.iterations

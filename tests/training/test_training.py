@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 import torch
 from accelerate import notebook_launcher
 from accelerate.tracking import GeneralTracker
-from forked import AGRIVISION, Forked, run
+from forked import AGRIVISION, Forked, run, wait_until
 from torch import nn
 
 from agrivision_repro.cli.app import main
@@ -62,9 +61,7 @@ LONG = ["-p", "recipe.decay=100000", "--save-every", "2", "--device", "cpu"]
 def test_signals(signum, code, tmp_path):
     "Ctrl-C, and what a scheduler sends: the state is saved, the exit code is the signal's, one line says so."
     process = Forked(AGRIVISION, "train", "--scale", "smoke", "--out", tmp_path, *LONG, env=ONE_THREAD)
-    until = time.monotonic() + 60
-    while not list(tmp_path.glob("runs/*/state/state.safetensors")) and time.monotonic() < until:
-        time.sleep(0.02)
+    wait_until(lambda: list(tmp_path.glob("runs/*/state/state.safetensors")))
     process.send_signal(signum)
     _, printed = process.communicate(timeout=60)
     assert process.returncode == code
