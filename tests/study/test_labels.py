@@ -37,7 +37,7 @@ def test_a_new_norm_is_in_table_2_and_figure_2(monkeypatch, tmp_path):
     measured = workspace.results([run for run in tables.fig2() if run.norm in ("bn", "ibn_g")])
     scores = figures.figure2_scores(measured, workspace)
     assert figures.figure2_table(figures.figure2_medians(scores)).index.tolist() == ["ResNet", "IBN-Net-g"]
-    legend = figures.draw_figure2(scores).axes[0].get_legend().get_texts()
+    legend = figures.draw_figure2(scores).legends[0].get_texts()
     assert [text.get_text() for text in legend] == ["ResNet", "IBN-Net-g"]
     relation = figures.divergence_and_score(measured, scores)
     assert "IBN-Net-g" in [text.get_text() for text in figures.draw_relation(relation).axes[0].get_legend().get_texts()]
