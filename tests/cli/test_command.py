@@ -121,7 +121,7 @@ def test_killed_and_started_again(tmp_path):
     out = tmp_path / "out"
     words = ["reproduce", "table3_losses", "--scale", "smoke", "--device", "cpu", "--out", out]
     process = Forked(AGRIVISION, *words)
-    wait_until(lambda: len(list(out.glob("runs/*/scores.json"))) >= 2)
+    wait_until(lambda: len(list(out.glob("runs/*/scores.json"))) >= 2, 120)
     process.kill()
     process.wait()
     finished = {p.parent.name: p.stat().st_mtime_ns for p in out.glob("runs/*/scores.json")}

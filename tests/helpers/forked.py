@@ -81,10 +81,10 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def run(*words, timeout: float = 600, **options) -> subprocess.CompletedProcess:
+def run(*words, **options) -> subprocess.CompletedProcess:
     "Run a program to its end, as `subprocess.run` with captured text."
     program = Forked(*words, **options)
-    printed, errors = program.communicate(timeout)
+    printed, errors = program.communicate()
     return subprocess.CompletedProcess(program.args, program.returncode, printed, errors)
 
 
@@ -93,7 +93,7 @@ def agrivision(*words, **options) -> subprocess.CompletedProcess:
     return run(AGRIVISION, *words, **options)
 
 
-def wait_until(is_true: Callable[[], object], seconds: float = 120) -> None:
+def wait_until(is_true: Callable[[], object], seconds: float = 60) -> None:
     "Wait for a condition, and fail if it does not come true."
     until = time.monotonic() + seconds
     while not (found := is_true()) and time.monotonic() < until:

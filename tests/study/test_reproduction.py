@@ -325,7 +325,7 @@ def test_stopped_notebooks_leave_nothing(copy):
     "Ctrl-C while notebooks are executed: one line, no process and no half-written notebook stays."
     shutil.rmtree(copy / "notebooks")
     process = Forked(AGRIVISION, *SMOKE, copy)
-    wait_until(lambda: list(copy.glob("notebooks/*.new.ipynb")) and len(children(process)) >= 3)  # the server and two kernels
+    wait_until(lambda: list(copy.glob("notebooks/*.new.ipynb")) and len(children(process)) >= 3, 120)  # the server and two kernels
     time.sleep(1)  # some cells
     family = children(process)
     process.send_signal(signal.SIGINT)
@@ -375,7 +375,7 @@ def test_stopped_runs_save_their_states(laptop_data, tmp_path, signum):
     def started():
         return [p for p in tmp_path.glob("out/runs/*/run.json") if json.loads(p.read_text()).get("resumed_at") is not None]
 
-    wait_until(lambda: len(started()) == 2)
+    wait_until(lambda: len(started()) == 2, 120)
     time.sleep(3)  # some iterations
     family = children(process)
     process.send_signal(signum)

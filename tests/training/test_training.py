@@ -43,9 +43,8 @@ def contents(out: Path) -> dict[str, bytes]:
 
 def test_killed_twenty_times(tmp_path):
     "Twenty SIGKILLs, then two SIGTERMs, at random moments: weights, history and scores of an undisturbed training, bit by bit."
-    done = {
-        n: run(HELPERS / "killing.py", tmp_path / n, n, "0", env=ONE_THREAD) for n in ("0", "22")
-    }
+    done = {n: run(HELPERS / "killing.py", tmp_path / n, n, "0", env=ONE_THREAD) for n in ("0", "22")}
+    assert [process.returncode for process in done.values()] == [0, 0], done
     assert int(done["22"].stdout) >= 15, done["22"].stderr  # killed while a training was under way
     found, wanted = contents(tmp_path / "22"), contents(tmp_path / "0")
     assert sorted(found) == ["best.safetensors", "history.csv", "scores.json", "tiles.npy", "weights.safetensors"]
