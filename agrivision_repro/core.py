@@ -23,13 +23,11 @@ from agrivision_repro import __version__
 
 def worker_pool(
     n_workers: int,
-    is_fresh: bool = False,  # processes that share nothing with this one, for work with PyTorch, which a fork of several threads can stop
 ) -> AbstractContextManager[ProcessPoolExecutor | None]:
     "Make a pool of processes, or None for one worker, which is this process."
     if n_workers < 2:
         return nullcontext()
-    context = multiprocessing.get_context("spawn" if is_fresh else None)
-    return ProcessPoolExecutor(n_workers, context, exit_with_parent)
+    return ProcessPoolExecutor(n_workers, initializer=exit_with_parent)
 
 
 _PRELOADED: list[str] = []

@@ -178,9 +178,9 @@ def reproduce(
 ):
     "Train what the tables need, run their notebooks and write the report."
     need_notebooks()
-    from agrivision_repro.report.kernels import fork_kernels
+    from agrivision_repro.report.kernels import start_server
 
-    fork_kernels()  # first: while this process imports PyTorch, so does the server of which runs and notebooks are forks
+    start_server()  # first: while this process imports PyTorch, so does the server of which runs and notebooks are forks
     from agrivision_repro.report.pages import write_report
     from agrivision_repro.runs.workspace import Workspace
 

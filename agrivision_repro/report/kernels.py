@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint
-from multiprocessing import get_all_start_methods
+from multiprocessing import get_all_start_methods, set_start_method
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Event, Lock
@@ -60,6 +60,7 @@ def _serve(arguments: list[str], environment: dict[str, str], folder: str) -> No
     os.environ.update(environment)
     os.chdir(folder)
     matplotlib.rcParams["backend"] = environment.get("MPLBACKEND", _INLINE)  # else read when matplotlib is imported
+    set_start_method(get_all_start_methods()[0], force=True)  # else that of this process: its pools would start a fork server
     exit_with_parent()
     launch_new_instance(argv=arguments, parent_handle=os.getppid())
 
@@ -81,26 +82,35 @@ class ForkProvisioner(LocalProvisioner):
         return self.connection_info
 
 
-def fork_kernels() -> None:
-    "Start this process's fork server, where the system has one, and let jupyter_client start kernels by `ForkProvisioner`."
-    if "forkserver" not in get_all_start_methods():
-        return
-    from multiprocessing.forkserver import ensure_running
+def start_server() -> None:
+    "Start this process's fork server, where the system has one; it imports what runs and notebooks need."
+    if "forkserver" in get_all_start_methods():
+        from multiprocessing.forkserver import ensure_running
 
-    fork_server(*_PRELOAD)
-    ensure_running()
+        fork_server(*_PRELOAD)
+        ensure_running()
+
+
+@contextmanager
+def forked_kernels() -> Iterator[None]:
+    "Let jupyter_client start kernels by `ForkProvisioner` for a while, where the system has a fork server."
+    start_server()
     factory = KernelProvisionerFactory.instance()
+    before = factory.default_provisioner_name
     factory.provisioners["fork"] = EntryPoint("fork", f"{__name__}:ForkProvisioner", factory.GROUP_NAME)
-    factory.default_provisioner_name = "fork"
+    factory.default_provisioner_name = "fork" if "forkserver" in get_all_start_methods() else before
+    try:
+        yield
+    finally:
+        factory.default_provisioner_name = before
 
 
 @contextmanager
 def kernel_pool(n_at_once: int) -> Iterator[ThreadPoolExecutor]:
     "Yield threads for `execute`; after an error or a signal, neither they nor their kernels go on."
-    fork_kernels()
     _is_stopping.clear()
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # errors are returned by `execute`
-    with ThreadPoolExecutor(n_at_once) as pool:
+    with forked_kernels(), ThreadPoolExecutor(n_at_once) as pool:
         try:
             yield pool
         except BaseException:

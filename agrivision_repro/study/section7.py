@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import repeat
@@ -17,7 +18,7 @@ from agrivision_repro.analysis.interventions import (
     Intervened, Intervention, adapt_norms, apply_to, invert_contrast, match_amplitude, match_histogram, match_moments, random_gain_offset,
 )  # fmt: skip
 from agrivision_repro.analysis.moments import measure
-from agrivision_repro.core import read_json, worker_pool, write_array, write_json
+from agrivision_repro.core import exit_with_parent, fork_server, read_json, write_array, write_json
 from agrivision_repro.data.batches import TileDataset, scoring_loader, thin_out
 from agrivision_repro.runs.run import Run
 from agrivision_repro.runs.store import Result
@@ -164,7 +165,7 @@ def evaluate_nets(
     if len(groups) < 2 or n_tiles <= _HERE_UP_TO or workspace.on_gpu:
         return  # `run_section7` does it when asked
     n_threads = max(torch.get_num_threads() // len(groups), 1)
-    with worker_pool(len(groups), is_fresh=True) as pool:
+    with ProcessPoolExecutor(len(groups), fork_server(__name__), exit_with_parent) as pool:
         list(pool.map(_evaluate_group, groups.values(), repeat(workspace.as_kwargs()), repeat(n_threads)))
 
 

@@ -4,7 +4,10 @@ What a test starts thus is a process as any other, with its own arguments, envir
 cold starts have tests of their own (`test_setup`, `test_repository`, the first of `test_command`).
 """
 
+import fcntl
+import multiprocessing
 import os
+import pickle
 import runpy
 import signal
 import socket
@@ -13,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing import util
 from pathlib import Path
 
 import torch
@@ -25,6 +29,48 @@ _PRELOAD += ["agrivision_repro.study.claims", "agrivision_repro.study.section7_t
 SERVER = fork_server(*_PRELOAD)  # a context of multiprocessing; each pytest process starts its server when it is first used
 
 
+def _keep_spare() -> None:
+    "Fork a process that becomes this program's fork server if it starts one: that server need not import everything again."
+    asking, asked = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid = os.fork()
+    if not pid:
+        asking.close()
+        try:
+            _serve_when_asked(asked)
+        finally:
+            os._exit(0)
+    asked.close()
+    start_cold = util.spawnv_passfds
+
+    def start(path: str, arguments: list[str], handles: list[int]) -> int:  # process id
+        if "multiprocessing.forkserver" not in arguments[-1]:
+            return start_cold(path, arguments, handles)
+        util.spawnv_passfds = start_cold
+        socket.send_fds(asking, [pickle.dumps((arguments[-1], handles, os.getcwd(), dict(os.environ)))], handles)
+        asking.close()
+        return pid
+
+    util.spawnv_passfds = start
+
+
+def _serve_when_asked(asked: socket.socket) -> None:
+    "Wait until the program starts its fork server, and be it; return if the program ends before."
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    message, received, *_ = socket.recv_fds(asked, 1 << 18, 4)
+    asked.close()
+    if message:
+        command, handles, folder, environment = pickle.loads(message)
+        above = [fcntl.fcntl(handle, fcntl.F_DUPFD, 200) for handle in received]
+        for handle, number in zip(above, handles, strict=True):
+            os.dup2(handle, number)
+            os.close(handle)
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(folder)
+        signal.signal(signal.SIGINT, before)
+        exec(command, {"__name__": "__main__"})
+
+
 def _become(words: list[str], environment: dict[str, str], folder: str, files: list[str]) -> None:
     "Be the program: a script with its arguments, or Python's `-c` or `-m`."
     for number, file in enumerate(files, 1):
@@ -33,6 +79,8 @@ def _become(words: list[str], environment: dict[str, str], folder: str, files: l
     os.environ.update(environment)
     os.chdir(folder)
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # else that of this process, a fork server
+    _keep_spare()
     kind, *rest = words[1:] if words[0] == sys.executable else words
     sys.argv = [kind, *rest]
     if kind == "-c":
