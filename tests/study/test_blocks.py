@@ -14,6 +14,7 @@ from torchvision.models import resnet50
 
 from agrivision_repro.models.backbones import DEPTHS, NORMS, create_backbone
 from agrivision_repro.models.norms import sync_norms
+from agrivision_repro.report.kernels import forked_kernels
 from agrivision_repro.study.blocks import (
     count_sites,
     draw_blocks,
@@ -171,7 +172,8 @@ def test_no_text_overlaps_and_none_leaves_its_box(depth, stage):
 @pytest.mark.parametrize("name, parameters", [("fig1_blocks", {"depth": 50}), ("fig_schedule", {"recipes": ["paper", "shipped"]})])
 def test_notebook_runs_and_leaves_its_files(name, parameters, tmp_path):
     run = {"progress_bar": False, "kernel_name": "python3"}
-    papermill.execute_notebook(str(TABLES / f"{name}.ipynb"), str(tmp_path / "ran.ipynb"), {"out": str(tmp_path), **parameters}, **run)
+    with forked_kernels():
+        papermill.execute_notebook(str(TABLES / f"{name}.ipynb"), str(tmp_path / "ran.ipynb"), {"out": str(tmp_path), **parameters}, **run)
     (folder,) = (path.parent for path in tmp_path.rglob("tables"))
     written = {p.name for kind in ("tables", "figures") for p in (folder / kind).iterdir()}
     assert {f"{name}.png", f"{name}.csv", f"{name}.md", f"{name}.html"} <= written

@@ -23,6 +23,7 @@ from forked import AGRIVISION, Forked, agrivision, run, wait_until
 from agrivision_repro.analysis.significance import NOT_JUDGED
 from agrivision_repro.cli.reproduce import _warn_of_replacing
 from agrivision_repro.core import read_json, write_json
+from agrivision_repro.report.kernels import forked_kernels
 from agrivision_repro.runs.launch import launch
 from agrivision_repro.runs.run import plan_run
 from agrivision_repro.runs.store import RunFolder
@@ -283,9 +284,9 @@ def test_a_notebook_opened_by_hand_overwrites_nothing(copy):
     "Its tables and figures go to a folder for its data and scale, and their paths are printed."
     before = {p: p.read_bytes() for folder in ("tables", "figures", "notebooks") for p in (copy / folder).iterdir()}
     own = {"out": str(copy), "device": "cpu", "seeds": "0"}  # as `papermill -p seeds 0,1` passes it
-    done = papermill.execute_notebook(
-        str(table_notebook("table1_modality")), str(copy / "by_hand.ipynb"), own, kernel_name="python3", progress_bar=False, cwd=str(copy)
-    )
+    paths, options = (str(table_notebook("table1_modality")), str(copy / "by_hand.ipynb")), {"progress_bar": False, "cwd": str(copy)}
+    with forked_kernels():
+        done = papermill.execute_notebook(*paths, own, kernel_name="python3", **options)
     assert before == {p: p.read_bytes() for p in before} and len(list(copy.glob("runs/*"))) == 24
     printed = "".join(output.get("text", "") for cell in done.cells if cell.cell_type == "code" for output in cell.outputs)
     assert "table: synthetic-smoke/tables/table1_modality.csv, .md, .tex, .html\n" in printed
