@@ -60,7 +60,7 @@ def _serve(arguments: list[str], environment: dict[str, str], folder: str) -> No
     os.environ.update(environment)
     os.chdir(folder)
     matplotlib.rcParams["backend"] = environment.get("MPLBACKEND", _INLINE)  # else read when matplotlib is imported
-    set_start_method(get_all_start_methods()[0], force=True)  # else that of this process: its pools would start a fork server
+    set_start_method(None, force=True)  # the system's; else that of this process, and pools in a notebook would start a fork server
     exit_with_parent()
     launch_new_instance(argv=arguments, parent_handle=os.getppid())
 
@@ -95,6 +95,7 @@ def start_server() -> None:
 def forked_kernels() -> Iterator[None]:
     "Let jupyter_client start kernels by `ForkProvisioner` for a while, where the system has a fork server."
     start_server()
+    _is_stopping.clear()
     factory = KernelProvisionerFactory.instance()
     before = factory.default_provisioner_name
     factory.provisioners["fork"] = EntryPoint("fork", f"{__name__}:ForkProvisioner", factory.GROUP_NAME)
@@ -108,7 +109,6 @@ def forked_kernels() -> Iterator[None]:
 @contextmanager
 def kernel_pool(n_at_once: int) -> Iterator[ThreadPoolExecutor]:
     "Yield threads for `execute`; after an error or a signal, neither they nor their kernels go on."
-    _is_stopping.clear()
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # errors are returned by `execute`
     with forked_kernels(), ThreadPoolExecutor(n_at_once) as pool:
         try:

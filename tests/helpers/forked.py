@@ -79,7 +79,7 @@ def _become(words: list[str], environment: dict[str, str], folder: str, files: l
     os.environ.update(environment)
     os.chdir(folder)
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # else that of this process, a fork server
+    multiprocessing.set_start_method(None, force=True)  # the system's; else that of this process, a fork server
     _keep_spare()
     kind, *rest = words[1:] if words[0] == sys.executable else words
     sys.argv = [kind, *rest]
