@@ -124,6 +124,9 @@ def kernel_pool(n_at_once: int) -> Iterator[ThreadPoolExecutor]:
             _alive.clear()
 
 
+_STARTS = 3  # attempts; a port that was free when it was chosen can be taken when the kernel opens it, and the kernel exits
+
+
 def execute(
     notebook: Path,  # executed in place, in its folder
     parameters: dict,
@@ -132,10 +135,16 @@ def execute(
     from nbclient.exceptions import DeadKernelError
     from papermill import PapermillExecutionError, execute_notebook
 
-    try:
-        execute_notebook(str(notebook), str(notebook), parameters, kernel_name="python3", progress_bar=False, cwd=str(notebook.parent))
-    except PapermillExecutionError as failure:
-        return " ".join(f"{failure.ename}: {failure.evalue}".split())
-    except DeadKernelError:
-        return "its kernel died; too little memory?"
-    return ""
+    where, error = {"kernel_name": "python3", "cwd": str(notebook.parent)}, ""
+    for _ in range(_STARTS):
+        try:
+            execute_notebook(str(notebook), str(notebook), parameters, progress_bar=False, **where)
+        except PapermillExecutionError as failure:
+            return " ".join(f"{failure.ename}: {failure.evalue}".split())
+        except DeadKernelError:
+            return "its kernel died; too little memory?"
+        except RuntimeError as failure:  # of jupyter_client, before the first cell
+            error = f"no kernel started in {_STARTS} attempts: {failure}"
+        else:
+            return ""
+    return error

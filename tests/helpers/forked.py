@@ -31,7 +31,7 @@ SERVER = fork_server(*_PRELOAD)  # a context of multiprocessing; each pytest pro
 
 def _keep_spare() -> None:
     "Fork a process that becomes this program's fork server if it starts one: that server need not import everything again."
-    asking, asked = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    asking, asked = socket.socketpair()
     pid = os.fork()
     if not pid:
         asking.close()
@@ -47,7 +47,7 @@ def _keep_spare() -> None:
             return start_cold(path, arguments, handles)
         util.spawnv_passfds = start_cold
         socket.send_fds(asking, [pickle.dumps((arguments[-1], handles, os.getcwd(), dict(os.environ)))], handles)
-        asking.close()
+        asking.shutdown(socket.SHUT_WR)
         return pid
 
     util.spawnv_passfds = start
@@ -56,7 +56,9 @@ def _keep_spare() -> None:
 def _serve_when_asked(asked: socket.socket) -> None:
     "Wait until the program starts its fork server, and be it; return if the program ends before."
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    message, received, *_ = socket.recv_fds(asked, 1 << 18, 4)
+    message, received, *_ = socket.recv_fds(asked, 1 << 16, 4)
+    while more := asked.recv(1 << 16):
+        message += more
     asked.close()
     if message:
         command, handles, folder, environment = pickle.loads(message)

@@ -1,14 +1,18 @@
 "Kernels of a report's notebooks are forked from a process that has imported everything, and end with their owner."
 
 import multiprocessing
+import socket
 import subprocess
 import sys
 
+import nbformat
 import psutil
 from forked import wait_until
+from jupyter_client.connect import LocalPortCache
 from jupyter_client.provisioning import KernelProvisionerFactory
+from nbformat.v4 import new_code_cell, new_notebook
 
-from agrivision_repro.report.kernels import forked_kernels
+from agrivision_repro.report.kernels import execute, forked_kernels
 
 OWNER = '''
 import sys
@@ -47,3 +51,28 @@ def test_other_kernels_of_the_process_are_not_forked():
     with forked_kernels():
         assert KernelProvisionerFactory.instance().default_provisioner_name != usual
     assert KernelProvisionerFactory.instance().default_provisioner_name == usual
+
+
+def test_a_port_that_is_taken_meanwhile_is_no_failure(tmp_path, monkeypatch):
+    "The first kernel cannot open its port and exits; the second is given others."
+    path = tmp_path / "one.ipynb"
+    nbformat.write(new_notebook(cells=[new_code_cell("print(6 * 7)")]), path)
+    find, asked = LocalPortCache.find_available_port, []
+    with socket.create_server(("127.0.0.1", 0)) as taken, forked_kernels():
+
+        def choose(cache: LocalPortCache, ip: str) -> int:
+            asked.append(ip)
+            return find(cache, ip) if asked[1:] else taken.getsockname()[1]
+
+        monkeypatch.setattr(LocalPortCache, "find_available_port", choose)
+        assert execute(path, {}) == ""
+    assert len(asked) == 2 * 5
+    assert "42" in nbformat.read(path, 4).cells[-1].outputs[0].text
+
+
+def test_a_kernel_that_never_starts_is_one_line(tmp_path, monkeypatch):
+    path = tmp_path / "one.ipynb"
+    nbformat.write(new_notebook(cells=[new_code_cell("print(6 * 7)")]), path)
+    with socket.create_server(("127.0.0.1", 0)) as taken, forked_kernels():
+        monkeypatch.setattr(LocalPortCache, "find_available_port", lambda *_: taken.getsockname()[1])
+        assert execute(path, {}).startswith("no kernel started in 3 attempts: Kernel died")
