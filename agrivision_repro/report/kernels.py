@@ -135,10 +135,11 @@ def execute(
     from nbclient.exceptions import DeadKernelError
     from papermill import PapermillExecutionError, execute_notebook
 
-    where, error = {"kernel_name": "python3", "cwd": str(notebook.parent)}, ""
+    where = {"metadata": {"path": str(notebook.parent.resolve())}}  # of the kernel; papermill's `cwd` moves this whole process, threads and all
+    options, error = {"kernel_name": "python3", "resources": where, "progress_bar": False}, ""
     for _ in range(_STARTS):
         try:
-            execute_notebook(str(notebook), str(notebook), parameters, progress_bar=False, **where)
+            execute_notebook(str(notebook), str(notebook), parameters, **options)
         except PapermillExecutionError as failure:
             return " ".join(f"{failure.ename}: {failure.evalue}".split())
         except DeadKernelError:

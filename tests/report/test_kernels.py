@@ -4,6 +4,7 @@ import multiprocessing
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import psutil
@@ -12,7 +13,7 @@ from jupyter_client.connect import LocalPortCache
 from jupyter_client.provisioning import KernelProvisionerFactory
 from nbformat.v4 import new_code_cell, new_notebook
 
-from agrivision_repro.report.kernels import execute, forked_kernels
+from agrivision_repro.report.kernels import execute, forked_kernels, kernel_pool
 
 OWNER = '''
 import sys
@@ -76,3 +77,22 @@ def test_a_kernel_that_never_starts_is_one_line(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken, forked_kernels():
         monkeypatch.setattr(LocalPortCache, "find_available_port", lambda *_: taken.getsockname()[1])
         assert execute(path, {}).startswith("no kernel started in 3 attempts: Kernel died")
+
+
+def test_notebooks_side_by_side_leave_the_current_folder_alone(tmp_path, monkeypatch):
+    "Each runs in its own folder, and relative paths keep their meaning, although the first to start ends first."
+    monkeypatch.chdir(tmp_path)
+    with kernel_pool(2) as pool:
+        executed = []
+        for name, seconds in (("first", 2), ("second", 4)):
+            path = Path(name) / "one.ipynb"
+            path.parent.mkdir()
+            cell = new_code_cell(f"import os, time; open('started', 'w').close(); time.sleep({seconds}); print(os.getcwd())")
+            nbformat.write(new_notebook(cells=[cell]), path)
+            executed.append(pool.submit(execute, path, {}))
+            wait_until((tmp_path / name / "started").exists)
+            assert Path.cwd() == tmp_path
+        assert [future.result() for future in executed] == ["", ""]
+    assert Path.cwd() == tmp_path
+    for name in ("first", "second"):
+        assert nbformat.read(tmp_path / name / "one.ipynb", 4).cells[-1].outputs[0].text.strip() == str(tmp_path / name)
