@@ -21,9 +21,7 @@ from safetensors import SafetensorError
 from agrivision_repro import __version__
 
 
-def worker_pool(
-    n_workers: int,
-) -> AbstractContextManager[ProcessPoolExecutor | None]:
+def worker_pool(n_workers: int) -> AbstractContextManager[ProcessPoolExecutor | None]:
     "Make a pool of processes, or None for one worker, which is this process."
     if n_workers < 2:
         return nullcontext()

@@ -93,7 +93,7 @@ def start_server() -> None:
 
 @contextmanager
 def forked_kernels() -> Iterator[None]:
-    "Let jupyter_client start kernels by `ForkProvisioner` for a while, where the system has a fork server."
+    "Within the block, jupyter_client starts kernels by `ForkProvisioner`, where the system has a fork server."
     start_server()
     _is_stopping.clear()
     factory = KernelProvisionerFactory.instance()
@@ -135,8 +135,9 @@ def execute(
     from nbclient.exceptions import DeadKernelError
     from papermill import PapermillExecutionError, execute_notebook
 
-    where = {"metadata": {"path": str(notebook.parent.resolve())}}  # of the kernel; papermill's `cwd` moves this whole process, threads and all
-    options, error = {"kernel_name": "python3", "resources": where, "progress_bar": False}, ""
+    folder = str(notebook.parent.resolve())  # of the kernel; papermill's `cwd` would move this whole process, with all of its threads
+    options = {"kernel_name": "python3", "resources": {"metadata": {"path": folder}}, "progress_bar": False}
+    error = ""
     for _ in range(_STARTS):
         try:
             execute_notebook(str(notebook), str(notebook), parameters, **options)

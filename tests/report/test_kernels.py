@@ -54,10 +54,14 @@ def test_other_kernels_of_the_process_are_not_forked():
     assert KernelProvisionerFactory.instance().default_provisioner_name == usual
 
 
+def write_notebook(path: Path, source: str) -> Path:
+    nbformat.write(new_notebook(cells=[new_code_cell(source)]), path)
+    return path
+
+
 def test_a_port_that_is_taken_meanwhile_is_no_failure(tmp_path, monkeypatch):
     "The first kernel cannot open its port and exits; the second is given others."
-    path = tmp_path / "one.ipynb"
-    nbformat.write(new_notebook(cells=[new_code_cell("print(6 * 7)")]), path)
+    path = write_notebook(tmp_path / "one.ipynb", "print(6 * 7)")
     find, asked = LocalPortCache.find_available_port, []
     with socket.create_server(("127.0.0.1", 0)) as taken, forked_kernels():
 
@@ -72,8 +76,7 @@ def test_a_port_that_is_taken_meanwhile_is_no_failure(tmp_path, monkeypatch):
 
 
 def test_a_kernel_that_never_starts_is_one_line(tmp_path, monkeypatch):
-    path = tmp_path / "one.ipynb"
-    nbformat.write(new_notebook(cells=[new_code_cell("print(6 * 7)")]), path)
+    path = write_notebook(tmp_path / "one.ipynb", "print(6 * 7)")
     with socket.create_server(("127.0.0.1", 0)) as taken, forked_kernels():
         monkeypatch.setattr(LocalPortCache, "find_available_port", lambda *_: taken.getsockname()[1])
         assert execute(path, {}).startswith("no kernel started in 3 attempts: Kernel died")
@@ -85,11 +88,9 @@ def test_notebooks_side_by_side_leave_the_current_folder_alone(tmp_path, monkeyp
     with kernel_pool(2) as pool:
         executed = []
         for name, seconds in (("first", 2), ("second", 4)):
-            path = Path(name) / "one.ipynb"
-            path.parent.mkdir()
-            cell = new_code_cell(f"import os, time; open('started', 'w').close(); time.sleep({seconds}); print(os.getcwd())")
-            nbformat.write(new_notebook(cells=[cell]), path)
-            executed.append(pool.submit(execute, path, {}))
+            Path(name).mkdir()
+            source = f"import os, time; open('started', 'w').close(); time.sleep({seconds}); print(os.getcwd())"
+            executed.append(pool.submit(execute, write_notebook(Path(name) / "one.ipynb", source), {}))
             wait_until((tmp_path / name / "started").exists)
             assert Path.cwd() == tmp_path
         assert [future.result() for future in executed] == ["", ""]
