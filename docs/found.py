@@ -42,7 +42,8 @@ def find_notebooks(name: str, about: dict) -> list[Path]:
 
 def page_title(name: str, about: dict) -> str:
     "Return the title of a folder of results: its data and scale."
-    return f"{find_edition(about['data']).title}, {about['scale']} ({name})"
+    title = find_edition(about["data"]).title
+    return f"{title[0].upper()}{title[1:]}, {about['scale']} ({name})"
 
 
 def spell_run(described: dict) -> str:
