@@ -44,7 +44,7 @@ def draw_counts(seed: int, n_runs: int = 1, n_tiles: int = 12, n_classes: int = 
 def trained(tmp_path_factory):
     "A smoke Run that is scored on both modalities."
     workspace = Workspace(tmp_path_factory.mktemp("paired"), device="cpu", precision="float32")
-    return workspace, workspace.result(plan_run("smoke", "synthetic", channels="nir3"))
+    return workspace, workspace.result(plan_run("smoke", "synthetic", depth=18, channels="nir3"))
 
 
 def check_sums(counts: np.ndarray, scores: dict) -> None:

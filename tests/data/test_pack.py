@@ -218,7 +218,7 @@ from dataclasses import replace
 farm = SyntheticConfig(size=256, train_fields=int(sys.argv[2]), val_fields=1, test_fields=1)
 n_tiles = 4 * farm.train_fields
 recipe = Recipe(1, 1, 18, lr=0.01, batch_size=4, crop=32, width=1 / 16, pretrained=False)  # the same work for both
-run = replace(plan_run("smoke", "synthetic"), source=Source("synthetic", farm), recipe=recipe)
+run = replace(plan_run("smoke", "synthetic", depth=18), source=Source("synthetic", farm), recipe=recipe)
 workspace = Workspace(sys.argv[1], device="cpu")
 if len(sys.argv) > 3:  # make and pack the farm
     for split in ("train", "val"):

@@ -57,7 +57,7 @@ def test_nothing_left_to_score(mixed, tmp_path):
 
 def test_record_names_what_is_left_out(mixed, tmp_path, capsys):
     folder, moved = mixed
-    result = Workspace(tmp_path / "out", folder, "cpu").result(plan_run("smoke", "agrivision-2020"))
+    result = Workspace(tmp_path / "out", folder, "cpu").result(plan_run("smoke", "agrivision-2020", depth=18))
     left_out = result.record["left_out"]
     assert left_out and set(map(field_of, left_out)) == {field_of(moved)}
     assert f"{len(left_out)} tiles of train are left out because both splits show their places: {left_out[0]}" in capsys.readouterr().err

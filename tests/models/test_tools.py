@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import cache
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from processes import in_two_processes
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3, freeze, unfreeze
 from torch import nn
-from torch.export import Dim, export
+from torch.export import Dim, ExportedProgram, export
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, update_bn
@@ -227,8 +228,8 @@ def check_export(norm):
     check_sizes(net, export(net, (images(),), dynamic_shapes=(DYNAMIC,)).module())
 
 
-def onnx_of(net: nn.Module, x: torch.Tensor, path):
-    "Export a model and return a function that runs it in onnxruntime."
+def onnx_of(net: nn.Module | ExportedProgram, x: torch.Tensor, path):
+    "Export a model, or one that is exported already, and return a function that runs it in onnxruntime."
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     import onnxruntime
@@ -327,23 +328,28 @@ def test_switch_norm_exchanges_checkpoints_with_the_public_one():
         ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if k != "0.running_mean"})
 
 
-@pytest.mark.parametrize("norm", NORMS)
-def test_deeplab_exports_with_dynamic_sizes(norm):
+@cache
+def deeplab(norm: str) -> tuple[nn.Module, ExportedProgram]:
+    "A net of each norm, and itself exported for any size."
     torch.manual_seed(0)
     net = DeepLabV3Plus(3, 18, norm, width=1 / 16).eval()
-    program = export(net, (images(2, 4, 64, 64),), dynamic_shapes=(DYNAMIC,)).module()
-    logits = create_feature_extractor(net, {"interpolate": "logits"})
+    return net, export(net, (images(2, 4, 64, 64),), dynamic_shapes=(DYNAMIC,))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_deeplab_exports_with_dynamic_sizes(norm):
+    net, program = deeplab(norm)
+    run, logits = program.module(), create_feature_extractor(net, {"interpolate": "logits"})
     with torch.no_grad():
         for x in (images(2, 4, 64, 64), images(1, 4, 80, 50)):
-            same(program(x), net(x))
+            same(run(x), net(x))
             same(logits(x)["logits"], net(x))
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_deeplab_in_onnxruntime(norm, tmp_path):
-    torch.manual_seed(0)
-    net = DeepLabV3Plus(3, 18, norm, width=1 / 16).eval()
-    run, exact = onnx_of(net, images(2, 4, 64, 64), tmp_path / "net.onnx"), copy.deepcopy(net).double()
+    net, program = deeplab(norm)
+    run, exact = onnx_of(program, images(2, 4, 64, 64), tmp_path / "net.onnx"), copy.deepcopy(net).double()
     with torch.no_grad():
         for x in (images(2, 4, 64, 64), images(1, 4, 80, 50), images(3, 4, 96, 64)):
             same(run(x), exact(x.double()).float())  # eager's own rounding is as large as the runtime's

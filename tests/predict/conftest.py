@@ -23,7 +23,7 @@ def workspace(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def result(workspace):
-    return workspace.result(plan_run("smoke", "synthetic"))
+    return workspace.result(plan_run("smoke", "synthetic", depth=18))
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ HALF = np.arange(61) < 30  # columns without data
 
 @pytest.fixture(scope="session")
 def rgb_result(workspace):
-    return workspace.result(plan_run("smoke", "synthetic", channels="rgb"))
+    return workspace.result(plan_run("smoke", "synthetic", depth=18, channels="rgb"))
 
 
 @pytest.fixture

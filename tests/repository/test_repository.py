@@ -133,7 +133,7 @@ def test_trains_and_predicts_without_the_notebooks_extra(tmp_path):
     def run(*words):
         return subprocess.run([sys.executable, "-c", WITHOUT, *words], cwd=tmp_path, capture_output=True, text=True)
 
-    trained = run("train", "--scale", "smoke", "-p", "norm=ibn_s", "-p", "channels=rgbn")
+    trained = run("train", "--scale", "smoke", "-p", "norm=ibn_s", "-p", "depth=18", "-p", "channels=rgbn")
     assert trained.returncode == 0, trained.stderr
     folder = next((tmp_path / "out" / "runs").iterdir())
     image = next((tmp_path / "out").rglob("rgb/*.jpg"))

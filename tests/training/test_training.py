@@ -53,7 +53,7 @@ def test_killed_twenty_times(tmp_path):
     assert not list(folder.glob("**/*.new")) and not (folder / "state").exists()
 
 
-LONG = ["-p", "recipe.decay=100000", "--save-every", "2", "--device", "cpu"]
+LONG = ["-p", "depth=18", "-p", "recipe.decay=100000", "--save-every", "2", "--device", "cpu"]
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -74,7 +74,7 @@ def test_signals(signum, code, tmp_path):
 
 def test_two_processes_want_one_run(tmp_path):
     "One trains, the other says that it waits; both end with the same, in one folder."
-    words = ["train", "--scale", "smoke", "--out", tmp_path, "--device", "cpu", "-p", "recipe.decay=60"]
+    words = ["train", "--scale", "smoke", "--out", tmp_path, "--device", "cpu", "-p", "depth=18", "-p", "recipe.decay=60"]
     both = [Forked(AGRIVISION, *words, env=ONE_THREAD) for _ in range(2)]
     printed = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], printed
@@ -86,7 +86,7 @@ def test_two_processes_want_one_run(tmp_path):
 @pytest.fixture
 def stopped(tmp_path):
     "A small Run that was stopped after its sixth iteration; its workspace, Run and state."
-    run, options = plan_run("smoke", "synthetic"), {"device": "cpu", "save_every": 3}
+    run, options = plan_run("smoke", "synthetic", depth=18), {"device": "cpu", "save_every": 3}
 
     class Interrupting(GeneralTracker):
         name, requires_logging_directory = "interrupting", False
@@ -239,14 +239,14 @@ def test_compiled_in_place():
 
 def test_from_a_notebook(tmp_path):
     "Accelerate's launcher takes a workspace's own function."
-    run, workspace = plan_run("smoke", "synthetic"), Workspace(tmp_path, device="cpu")
+    run, workspace = plan_run("smoke", "synthetic", depth=18), Workspace(tmp_path, device="cpu")
     notebook_launcher(workspace.result, (run,), num_processes=1)
     assert workspace.finished(run).record["processes"] == 1
 
 
 def test_micro_batches_are_recorded_and_change_the_training(tmp_path):
     workspace = Workspace(tmp_path, device="cpu")
-    run = plan_run("smoke", "synthetic", lovasz=1.0)
+    run = plan_run("smoke", "synthetic", depth=18, lovasz=1.0)
     halves = replace(run, recipe=replace(run.recipe, micro_batches=2))
     whole, cut = workspace.result(run), workspace.result(halves)
     assert (whole.record["micro_batches"], cut.record["micro_batches"]) == (1, 2) and whole.folder != cut.folder
@@ -278,7 +278,7 @@ def test_any_module_that_returns_a_scalar_is_a_loss(tmp_path):
 
 
 def test_both_checkpoints_are_kept_and_named(tmp_path):
-    run = plan_run("smoke", "synthetic", channels="rgb")
+    run = plan_run("smoke", "synthetic", depth=18, channels="rgb")
     result = Workspace(tmp_path, device="cpu").result(run)
     seen = dict(result.record["evaluations"])
     assert list(seen) == [5, 10]
