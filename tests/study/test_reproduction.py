@@ -185,6 +185,19 @@ def test_tables_are_made_again_from_logs(out, tmp_path, monkeypatch):
     assert "verified" not in read_json(results / "farm" / "about.json")
 
 
+def test_the_same_net_under_other_seeds(out, tmp_path):
+    "Two seeds can be halved in one way; rows of a data set are replaced, and one seed against one is not judged."
+    words = [ROOT / "tools" / "compare_seeds.py", "synthetic", "--scale", "smoke", "--seeds", "0,1", "--out", out, "--results", tmp_path]
+    for _ in range(2):
+        assert run(*words).returncode == 0
+    same, seeds = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("same_net", "seeds"))
+    assert same.seeds.unique().tolist() == ["0 against 1"] and len(same) == 6 and len(seeds) == 4
+    assert set(same.verdict) == set(same.holm) == {NOT_JUDGED}
+    own = seeds[seeds.trained_on == "rgb"].sort_values("seed")["multilabel, own"]
+    (gain,) = same[(same.trained_on == "rgb") & (same.quantity == "points, own")].estimate
+    assert gain == pytest.approx(own.diff().iloc[1], abs=1e-3)
+
+
 def test_a_study_on_a_bare_machine_leaves_a_record(out, tmp_path):
     "The tool for a GPU machine without notebooks, on finished runs: nothing is trained, and everything but weights is recorded."
     shutil.copytree(out, tmp_path / "out" / "synthetic")
