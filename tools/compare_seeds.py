@@ -7,6 +7,7 @@ ten ways, which share their runs: they are not ten independent trials.
 """
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -18,7 +19,7 @@ from agrivision_repro.runs.launch import launch
 from agrivision_repro.runs.store import Result
 from agrivision_repro.runs.workspace import Workspace
 from agrivision_repro.study.compare import score_gain
-from agrivision_repro.study.figures import figure2_scores
+from agrivision_repro.study.figures import figure2_medians, figure2_scores
 from agrivision_repro.study.modality import OTHER
 from agrivision_repro.study.tables import table1
 
@@ -27,8 +28,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 def measure_seeds(results: Sequence[Result], workspace: Workspace) -> pd.DataFrame:  # one row per run
     "Return scores in % on both modalities, and the median divergence over the layers."
-    layers = figure2_scores(results, workspace).query("estimator == 'sample'")
-    medians = layers.groupby(["trained_on", "seed"]).divergence.median()
+    medians = figure2_medians(figure2_scores(results, workspace)).set_index(["trained_on", "seed"])["median"]
     rows = []
     for result in results:
         trained, seed = result.run.channels, result.run.seed
@@ -46,19 +46,19 @@ def halves(seeds: Sequence[int]) -> Iterator[tuple[tuple[int, ...], tuple[int, .
             yield first, tuple(s for s in seeds if s not in first)
 
 
-def compare(results: Sequence[Result], measured: pd.DataFrame, workspace: Workspace, halves: tuple) -> pd.DataFrame:
+def compare(results: Sequence[Result], measured: pd.DataFrame, workspace: Workspace, split: tuple) -> pd.DataFrame:
     "Judge the second half of the seeds against the first, with Holm's adjustment over the comparisons."
     effects: dict[tuple[str, str], tuple[Effect, float]] = {}
     for trained, other in OTHER.items():
-        first, second = ([r for s in half for r in results if (r.run.channels, r.run.seed) == (trained, s)] for half in halves)
+        first, second = ([r for s in half for r in results if (r.run.channels, r.run.seed) == (trained, s)] for half in split)
         medians = measured[measured.trained_on == trained].set_index("seed").divergence
         for place, channels in (("own", trained), ("other", other)):
             effects[trained, f"points, {place}"] = score_gain(second, first, workspace, channels, channels), 1.0
-        effects[trained, "log ratio of divergences"] = log_ratio(*(medians[list(half)].tolist() for half in halves)), RATIO_MARGIN
+        effects[trained, "log ratio of divergences"] = log_ratio(*(medians[list(half)].tolist() for half in split)), RATIO_MARGIN
     p = holm({key: effect.p for key, (effect, _) in effects.items()})
     rows = [(*key, e.estimate, *e.interval(), judge(e, margin=m), judge(e, margin=m, p=p[key])) for key, (e, m) in effects.items()]
     table = pd.DataFrame(rows, columns=["trained_on", "quantity", "estimate", "low", "high", "verdict", "holm"])
-    table.insert(0, "seeds", " against ".join(" ".join(map(str, half)) for half in halves))
+    table.insert(0, "seeds", " against ".join(" ".join(map(str, half)) for half in split))
     return table
 
 
@@ -76,9 +76,14 @@ if __name__ == "__main__":
         parser.add_argument(f"--{name}", default=default)
     args = parser.parse_args()
     workspace, seeds, folder = Workspace(args.out, args.data_root, "cpu"), [int(s) for s in args.seeds.split(",")], Path(args.results)
-    results = list(launch(table1(args.scale, args.data, seeds), workspace).results.values())
+    if len(seeds) % 2:
+        parser.error(f"--seeds names {len(seeds)} seeds: wanted an even number, for two halves")
+    outcome = launch(table1(args.scale, args.data, seeds), workspace)
+    if outcome.failures:
+        sys.exit("\n".join(f"{run.title} failed: {why}" for run, why in outcome.failures.items()))
+    results = list(outcome.results.values())
     measured = measure_seeds(results, workspace)
-    compared = pd.concat([compare(results, measured, workspace, half) for half in halves(seeds)])
+    compared = pd.concat([compare(results, measured, workspace, split) for split in halves(seeds)])
     keep(compared, args.data, folder / "same_net.csv")
     keep(measured, args.data, folder / "seeds.csv")
     print(compared.verdict.value_counts().to_string())
