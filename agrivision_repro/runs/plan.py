@@ -61,12 +61,17 @@ def kind_of(run: Run) -> Run:
     return replace(run, recipe=recipe, channels=channels, intervention=build_intervention(run).example, **alike)
 
 
-@lru_cache
 def gmacs_of(
     kind: Run,  # of `kind_of`
     side: int,  # of the input, pixels
 ) -> float:  # 10⁹ multiply-adds
-    "Count the multiply-adds of one tile's forward pass."
+    "Count the multiply-adds of one tile's forward pass, once for all Runs that have the same net."
+    recipe = replace(kind.recipe, batch_size=1, micro_batches=1, crop=0)
+    return _count_net(replace(kind, recipe=recipe, dice=1.0, lovasz=0.0), side)
+
+
+@lru_cache
+def _count_net(kind: Run, side: int) -> float:
     with torch.device("meta"):
         model = build_model(kind)
     return count_gmacs(model, (1, len(CHANNELS[kind.channels]), side, side))
