@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -235,7 +234,7 @@ def test_memory_does_not_grow_with_the_tiles(tmp_path):
         words = [sys.executable, "-c", MEMORY, tmp_path / str(n_fields), str(n_fields)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         run(*words, "pack", env=environment).check_returncode()
-        done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)  # a process of its own memory
+        done = run(*words, env=environment)  # a process of its own memory
         found.append([int(word) for word in done.stdout.split()])
     (few, small), (many, large) = found
     assert many == 10 * few

@@ -15,6 +15,7 @@ from export import BLOB, drop_smoke_outputs, is_smoke
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 
+from agrivision_repro.report.kernels import forked_kernels
 from agrivision_repro.report.render import NOTHING_LEARNED, banner_text
 from agrivision_repro.runs.run import plan_run
 from agrivision_repro.runs.workspace import default_out
@@ -75,7 +76,8 @@ def test_nbdev_clean_keeps_the_parameters_tag(tmp_path):
 
 def test_papermill_with_an_unknown_parameter_fails(tmp_path):
     "papermill sets any name that it is given; the notebook itself refuses one that it does not know."
-    with pytest.raises(papermill.PapermillExecutionError, match="unknown parameter lamda2: this notebook accepts"):
+    wanted = pytest.raises(papermill.PapermillExecutionError, match="unknown parameter lamda2: this notebook accepts")
+    with forked_kernels(), wanted:
         papermill.execute_notebook(
             str(TABLE_NOTEBOOKS[0]), str(tmp_path / "out.ipynb"), {"lamda2": 0.0}, kernel_name="python3", progress_bar=False
         )

@@ -8,6 +8,7 @@ import pytest
 
 from agrivision_repro.cli.app import app
 from agrivision_repro.data.tiles import paint_labels
+from agrivision_repro.runs import plan
 from agrivision_repro.runs.run import plan_run
 from agrivision_repro.runs.store import RunFolder
 from agrivision_repro.runs.workspace import Workspace
@@ -122,13 +123,14 @@ def test_other_data_than_a_run_was_trained_on(pair):
             draw(rgb, other, *more, workspace)
 
 
-def test_without_runs_the_command_is_named(tmp_path, capsys):
+def test_without_runs_the_command_is_named(tmp_path, capsys, monkeypatch):
     assert explore.finished_runs(tmp_path / "two words") == {}
     line, command = explore.what_to_train(tmp_path / "two words").splitlines()
     assert line == f"no finished run with weights in {tmp_path / 'two words'}; to train the nets of Figure 2 there:"
     assert command == (
         f"agrivision reproduce fig2_divergence --scale laptop --data ag-net --data-root DIR --seeds 0 --out '{tmp_path / 'two words'}'"
     )
-    options = command.partition("--data-root DIR ")[0].split()[2:]  # the command line accepts it; nothing is trained
+    monkeypatch.setattr(plan, "time_steps", lambda *_: plan.Throughput(1.0, 0.5, 1, True))
+    options = command.partition("--data-root DIR ")[0].split()[2:]  # the command line accepts it; nothing is trained or timed
     app(["plan", *options, "--device", "cpu"], standalone_mode=False)
     assert capsys.readouterr().out.startswith("8 Runs")
