@@ -34,6 +34,12 @@ SHARING = {  # ways to share the memory of an array
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def only_new_garbage():
+    "`gc.collect` looks through what this module makes, not through all that was imported before."
+    gc.freeze()
+
+
 def address(array: np.ndarray) -> int:
     return array.__array_interface__["data"][0]
 
