@@ -1,6 +1,7 @@
 "A plan tells what is to be paid; over Ray every Run ends, killed workers go on, and a Run that raises stops no other."
 
 import os
+import platform
 import re
 import shutil
 import signal
@@ -15,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from forked import run as run_program
 
 from agrivision_repro.cli.app import main
 from agrivision_repro.cli.reproduce import _announce, _check_can_run, plan_tables
@@ -148,6 +150,25 @@ def test_names_tell_runs_apart():
         "ResNet101 on RGB, seed 0 (dice=0.0)",
         "ResNet101 on NIR, seed 0",
     ]
+
+
+KEEPS = """
+import resource, torch
+from agrivision_repro.runs.jobs import keep_freed_memory
+def faults():
+    "Take 64 MB and free them, ten times; count the pages that the system gave."
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        [torch.ones(1 << 22) for _ in range(4)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+before = faults()
+print(keep_freed_memory(), faults() < before / 4)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no glibc here")
+def test_memory_of_a_step_is_kept_for_the_next():
+    assert run_program(sys.executable, "-c", KEEPS).stdout.split() == ["True", "True"]
 
 
 def test_a_signal_to_a_worker_is_no_failure(tmp_path):
