@@ -44,9 +44,11 @@ def train(
     save_every: Annotated[int, typer.Option(min=1, help="Iterations between saved states, from which a killed run resumes.")] = 250,
 ):
     "Train one Run and score it; under torchrun or accelerate launch, the processes share the work."
+    from agrivision_repro.runs.jobs import keep_freed_memory
     from agrivision_repro.runs.run import plan_run
     from agrivision_repro.runs.workspace import Workspace
 
+    keep_freed_memory()
     pairs = [pair.partition("=") for pair in field or []]
     run = _change_fields(plan_run(scale, data, recipe), {name: text for name, _, text in pairs})
     workspace = Workspace(out, data_root, device, precision, save_every=save_every, trackers=track or ())
