@@ -21,7 +21,7 @@ from agrivision_repro.analysis.moments import measure
 from agrivision_repro.core import exit_with_parent, fork_server, read_json, write_array, write_json
 from agrivision_repro.data.batches import TileDataset, scoring_loader, thin_out
 from agrivision_repro.runs.run import Run
-from agrivision_repro.runs.store import Result, provenance
+from agrivision_repro.runs.store import Result
 from agrivision_repro.runs.workspace import Workspace
 from agrivision_repro.study.modality import OTHER
 from agrivision_repro.training.engine import Engine
@@ -95,31 +95,22 @@ def _load_inputs(feed: TileDataset, engine: Engine) -> list:  # of x `(B, 3, H, 
 
 def _evaluate_arms(result: Result, workspace: Workspace) -> tuple[dict, np.ndarray]:
     "Score a trained net in every arm: arm → scores and medians of the divergence over layers; counts per tile, `(arms, N, C, 2)`."
-    run, engine, foreign = result.run, workspace.engine(), OTHER[result.run.channels]
+    run, engine = result.run, workspace.engine()
     inputs, steps = _prepare(replace(run, norm="bn", seed=0), workspace)
     model = result.model().to(engine.device, memory_format=torch.channels_last)
-    feeds = {"own": workspace.feed(run, "val", run.channels), "other": workspace.feed(run, "val", foreign)}
+    feeds = {"own": workspace.feed(run, "val", run.channels), "other": workspace.feed(run, "val", OTHER[run.channels])}
     own, other = measure(model, _load_inputs(feeds["own"], engine)), _load_inputs(feeds["other"], engine)
     found, counts = {}, []
     for name, arm in ARMS.items():
         chosen = [steps[step] for step in arm.steps]
         net = _adapt(model, inputs[arm.adapts_to], engine) if arm.adapts_to else model
-        if name == AS_IT_IS and _was_scored_here(result, engine):
-            scores, tiles = result.scores[foreign], result.tile_counts(foreign)
-        else:
-            scores, tiles = score_tiles(Intervened(net, *chosen), feeds[arm.tested_on], engine)
+        scores, tiles = score_tiles(Intervened(net, *chosen), feeds[arm.tested_on], engine)
         found[name] = {"scores": scores}
-        counts.append(np.asarray(tiles))
         if arm.tested_on == "other":
             table = tabulate(own, measure(net, apply_to(other, *chosen)))
             found[name] |= {c: float(np.nanmedian(table[c])) for c in ("divergence", "median_channel")}
+        counts.append(tiles.numpy())
     return found, np.stack(counts)
-
-
-def _was_scored_here(result: Result, engine: Engine) -> bool:
-    "Return True if the Run has the scores that this machine would give it; another device or precision changes the last digits."
-    here = provenance(engine)
-    return all(result.record[key] == here[key] for key in ("device", "precision"))
 
 
 def _adapt(model: nn.Module, inputs: list, engine: Engine) -> nn.Module:

@@ -36,19 +36,6 @@ def test_as_it_is_is_the_runs_own_score_on_the_other_modality(study):
         assert set(rows.index) == {"own modality", *ARMS}
 
 
-def test_as_it_is_is_scored_where_the_run_was_scored_elsewhere(study, monkeypatch):
-    "And gives the same; each net is scored once less if its Run has the score."
-    workspace, (result, *_), _ = study
-    found, scored, score = section7.run_section7(result, workspace), [], section7.score_tiles
-    monkeypatch.setattr(section7, "score_tiles", lambda *args: scored.append(args) or score(*args))
-    for here, n_scored in ((True, len(ARMS) - 1), (False, len(ARMS))):
-        monkeypatch.setattr(section7, "_was_scored_here", lambda *_, here=here: here)
-        arms, counts = section7._evaluate_arms(result, workspace)
-        assert arms == found[0] and (counts == np.stack(list(found[1].values()))).all()
-        assert len(scored) == n_scored
-        scored.clear()
-
-
 def test_divergence_as_it_is_is_figure_2s(study):
     workspace, results, scores = study
     curve = run_divergence(results[0], workspace, n_resamples=2)
