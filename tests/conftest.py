@@ -1,4 +1,4 @@
-"One thread of arithmetic per worker, also in the processes that tests start; the longest files first, so that both workers end together."
+"One thread of arithmetic per worker, also in the processes that tests start; longest files first; no garbage is sought in imports."
 
 import gc
 import os

@@ -156,7 +156,7 @@ KEEPS = """
 import resource, torch
 from agrivision_repro.runs.jobs import keep_freed_memory
 def faults():
-    "Take 64 MB and free them, ten times; count the pages that the system gave."
+    "Count the pages that the system gives while 64 MB are used and freed, ten times."
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
         [torch.ones(1 << 22) for _ in range(4)]
