@@ -81,12 +81,12 @@ def html_table(
     table: pd.DataFrame,
     caption: str = "",  # what the numbers are
 ) -> str:  # HTML
-    "Format a table as HTML with scoped header cells; `**…**` and `[…](…)` as in Markdown."
+    "Format a table as HTML with scoped header cells and marked sentences; `**…**` and `[…](…)` as in Markdown."
     table = table.rename_axis(index=[name or None for name in table.index.names])  # an empty name would be an empty row
-    html = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", table.to_html(border=0, escape=True))
+    html = re.sub(r"<td>(?=[^<]{41})", '<td class="sentence">', table.to_html(border=0, escape=True))
+    html = re.sub(r"(?<=\d) (%|(±|to) (?=[-+\d]))", lambda m: m[0].replace(" ", "\N{NO-BREAK SPACE}"), html)  # a number with its spread
+    html = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", html)
     html = re.sub(r"\[([^\]]+)\]\((\S+?)\)", r'<a href="\2">\1</a>', html)
-    if table.map(lambda cell: len(str(cell)) > 40).any(axis=None):  # sentences
-        html = html.replace('class="dataframe"', 'class="dataframe prose"', 1)
     html = html.replace(">", f"><caption>{escape(caption)}</caption>", 1) if caption else html
     head, body = html.split("</thead>")
     body = re.sub(r"<th(?=[ >])", '<th scope="row"', body)

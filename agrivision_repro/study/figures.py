@@ -133,11 +133,13 @@ def figure2_table(
         own, title = medians[medians.trained_on == trained].sort_values("seed"), f"trained on {CHANNEL_LABELS[trained]}"
         resnet = own[own.norm == "bn"]["median"]
         for norm, rows in own.groupby("norm", sort=False):
-            spread = f" ± {rows['median'].std():.2f}" if len(rows) > 1 else ""
+            mean, sd = rows["median"].mean(), rows["median"].std()
+            digits = 0 if mean >= 100 else 2
+            spread = f" ± {sd:,.{digits}f}" if len(rows) > 1 else ""
             is_compared = norm != "bn" and len(resnet) == len(rows)
             ratio = format_factor(log_ratio(resnet.to_numpy(), rows["median"].to_numpy())) if is_compared else "–"
             below = f"{rows.below.mean():.0f} of {rows.layers.iloc[0]}" if is_compared else "–"
-            cells = (f"{rows['median'].mean():.2f}{spread}", ratio, below, str(len(rows)))
+            cells = (f"{mean:,.{digits}f}{spread}", ratio, below, str(len(rows)))
             for column, cell in zip(("median", "/ ResNet", "layers below ResNet", "seeds"), cells, strict=True):
                 columns.setdefault(f"{title}, {column}", {})[backbone_label("", norm)] = cell
     return pd.DataFrame(columns)

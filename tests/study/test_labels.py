@@ -87,3 +87,10 @@ def test_a_short_run_says_that_nothing_is_learned():
 @pytest.mark.parametrize(("name", "n_rows"), [("", 2), (None, 2), ("net", 3)])
 def test_rows_without_a_name_add_no_empty_header(name, n_rows):
     assert html_table(pd.DataFrame({"mIoU": ["50.0"]}, pd.Index(["ResNet"], name=name))).count("<tr") == n_rows
+
+
+def test_a_number_and_its_spread_stay_on_one_line_and_sentences_get_room():
+    sentence = "-0.1 (-1.5 to +1.3), -0 %; no effect of a point or more"
+    html = html_table(pd.DataFrame({"a": ["**3.1 ± 2.0**"], "b": [sentence], "c": ["×0.2 (0.1 to 7)"]})).replace("\N{NO-BREAK SPACE}", "_")
+    assert "<td><strong>3.1_±_2.0</strong></td>" in html and "<td>×0.2 (0.1_to_7)</td>" in html
+    assert f'<td class="sentence">{sentence.replace(" to ", "_to_").replace(" %", "_%")}</td>' in html
