@@ -81,7 +81,7 @@ def html_table(
     table: pd.DataFrame,
     caption: str = "",  # what the numbers are
 ) -> str:  # HTML
-    "Format a table as HTML with scoped header cells and marked sentences; `**…**` and `[…](…)` as in Markdown."
+    "Format a table as HTML: header cells with a scope, long cells of class `sentence`, numbers unbroken; `**…**` and `[…](…)` as in Markdown."
     table = table.rename_axis(index=[name or None for name in table.index.names])  # an empty name would be an empty row
     html = re.sub(r"<td>(?=[^<]{41})", '<td class="sentence">', table.to_html(border=0, escape=True))
     html = re.sub(r"(?<=\d) (%|(±|to) (?=[-+\d]))", lambda m: m[0].replace(" ", "\N{NO-BREAK SPACE}"), html)  # a number with its spread
