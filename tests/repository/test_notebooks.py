@@ -165,6 +165,15 @@ def test_no_example_scrolls_sideways(path):
     assert [line for cell in examples for line in cell.splitlines() if len(line) > 88] == []
 
 
+@pytest.mark.parametrize("path", MODULES + TABLE_NOTEBOOKS + HOWTO_NOTEBOOKS + EXECUTED, ids=stem)
+def test_no_line_is_lost_on_the_site(path):
+    "MyST, which makes the site, takes a line that begins with % for a comment."
+    cells = nbformat.read(path, as_version=4).cells
+    shown = [output.data.get("text/markdown", "") for cell in cells for output in cell.get("outputs", ()) if "data" in output]
+    texts = [cell.source for cell in cells if cell.cell_type == "markdown"] + shown
+    assert [line for text in texts for line in text.splitlines() if line.lstrip().startswith("%")] == []
+
+
 @pytest.mark.parametrize("path", MODULES + HOWTO_NOTEBOOKS, ids=stem)
 def test_cells_are_short(path):
     "At most 25 lines, but for one class or table of constants a cell."
