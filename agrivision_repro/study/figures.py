@@ -29,8 +29,9 @@ from .modality import MODALITIES, OTHER
 
 # %% auto #0
 __all__ = ['ESTIMATORS', 'THIRDS', 'inputs_of', 'read_divergence', 'run_divergence', 'figure2_scores', 'average_seeds',
-           'draw_figure2', 'reduce_curve', 'figure2_medians', 'figure2_table', 'class_divergence', 'switch_weights',
-           'run_switch_weights', 'draw_switch_weights', 'divergence_and_score', 'rank_correlation', 'draw_relation']
+           'draw_figure2', 'reduce_curve', 'figure2_medians', 'format_median', 'figure2_table', 'class_divergence',
+           'switch_weights', 'run_switch_weights', 'draw_switch_weights', 'divergence_and_score', 'rank_correlation',
+           'draw_relation']
 
 # %% ../../nbs/68_figures.ipynb #cell-05
 ESTIMATORS = ("sample", "pixel", batch_mean(2))
@@ -124,6 +125,15 @@ def figure2_medians(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/68_figures.ipynb #figure2-table
+def format_median(
+    medians: pd.Series,  # of one net under several seeds
+) -> str:
+    "Format the mean ± standard deviation of medians, with fewer decimals for large ones."
+    mean = medians.mean()
+    digits = 2 if mean < 1 else int(mean < 20)
+    return " ± ".join(f"{x:,.{digits}f}" for x in (mean, medians.std())[: len(medians)])
+
+
 def figure2_table(
     medians: pd.DataFrame,  # of `figure2_medians`
 ) -> pd.DataFrame:  # text cells; rows: nets
@@ -133,13 +143,10 @@ def figure2_table(
         own, title = medians[medians.trained_on == trained].sort_values("seed"), f"trained on {CHANNEL_LABELS[trained]}"
         resnet = own[own.norm == "bn"]["median"]
         for norm, rows in own.groupby("norm", sort=False):
-            mean, sd = rows["median"].mean(), rows["median"].std()
-            digits = 0 if mean >= 100 else 2
-            spread = f" ± {sd:,.{digits}f}" if len(rows) > 1 else ""
             is_compared = norm != "bn" and len(resnet) == len(rows)
             ratio = format_factor(log_ratio(resnet.to_numpy(), rows["median"].to_numpy())) if is_compared else "–"
             below = f"{rows.below.mean():.0f} of {rows.layers.iloc[0]}" if is_compared else "–"
-            cells = (f"{mean:,.{digits}f}{spread}", ratio, below, str(len(rows)))
+            cells = (format_median(rows["median"]), ratio, below, str(len(rows)))
             for column, cell in zip(("median", "/ ResNet", "layers below ResNet", "seeds"), cells, strict=True):
                 columns.setdefault(f"{title}, {column}", {})[backbone_label("", norm)] = cell
     return pd.DataFrame(columns)

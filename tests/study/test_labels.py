@@ -72,7 +72,7 @@ def test_one_seed_shows_no_spread_and_no_verdict():
     assert shown.iloc[0].tolist() == ["+1.0", "–", "1", "–", NOT_JUDGED]
     medians = pd.DataFrame({"trained_on": ["rgb", "rgb", "nir3", "nir3"], "norm": ["bn", "ibn_a"] * 2, "seed": 0,
                             "median": [4.0, 1.0, 2.0, 1.0], "below": [np.nan, 30, np.nan, 28], "layers": 34})  # fmt: skip
-    assert figures.figure2_table(medians).loc["IBN-Net-a"].tolist() == ["1.00", "×0.25", "30 of 34", "1", "1.00", "×0.50", "28 of 34", "1"]
+    assert figures.figure2_table(medians).loc["IBN-Net-a"].tolist() == ["1.0", "×0.25", "30 of 34", "1", "1.0", "×0.50", "28 of 34", "1"]
 
 
 def test_no_negative_zero():
