@@ -195,29 +195,54 @@ def section7_relation(scores: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]
     return pd.DataFrame(rows, columns=columns), pd.DataFrame(cells).T
 
 
+def _count_answer(scores: pd.DataFrame, recovery: pd.DataFrame, relation: pd.DataFrame) -> dict[str, str]:  # empty: nothing was judged
+    "Count the verdicts of the arms, with the ranges of what was measured."
+    if (recovery.verdict == NOT_JUDGED).all():
+        return {}
+    matched, turned = recovery[recovery.experiment.isin(["E1", "E2"])], recovery[recovery.experiment == "E9"]
+    resnets = scores[(scores.norm == "bn") & (scores.tested_on == "other")]
+    logs = np.log(resnets.divergence).groupby([resnets.trained_on, resnets.arm]).mean().unstack()
+    factors = np.exp(logs[list(dict.fromkeys(matched.arm))].sub(logs[AS_IT_IS], axis=0).stack())
+    observed = relation[relation.quantity == "observed"].verdict
+    ranges = {name: f"{part.gain.min():+.1f} to {part.gain.max():+.1f}" for name, part in (("matched", matched), ("turned", turned))}
+    counts = {"helped": (matched.verdict == AGREES).sum(), "hurt": (matched.verdict == DISAGREES).sum(), "arms": len(matched)}
+    counts |= {"turned_helped": (turned.verdict == AGREES).sum(), "nets": len(turned)}
+    counts |= {"gains": (observed != NO_GAIN).sum(), "explained": (observed == AGREES).sum(), "pairs": len(observed)}
+    return {"factors": f"{factors.min():.2g} to {factors.max():.2g}"} | ranges | {name: str(n) for name, n in counts.items()}
+
+
 def state_answer(
     scores: pd.DataFrame,  # of `section7_scores`
     recovery: pd.DataFrame,  # of `section7_recovery`
     relation: pd.DataFrame,  # the first table of `section7_relation`
 ) -> str:
     "State in three sentences what the arms say of a causal effect of the divergence."
-    if (recovery.verdict == NOT_JUDGED).all():
+    found = _count_answer(scores, recovery, relation)
+    if not found:
         return "With fewer than three seeds nothing is judged."
-    matched, turned = recovery[recovery.experiment.isin(["E1", "E2"])], recovery[recovery.experiment == "E9"]
-    resnets = scores[(scores.norm == "bn") & (scores.tested_on == "other")]
-    logs = np.log(resnets.divergence).groupby([resnets.trained_on, resnets.arm]).mean().unstack()
-    factors = np.exp(logs[list(dict.fromkeys(matched.arm))].sub(logs[AS_IT_IS], axis=0).stack())
-    observed = relation[relation.quantity == "observed"].verdict
-    gains, explained = (observed != NO_GAIN).sum(), (observed == AGREES).sum()
-    helped, hurt = ((matched.verdict == v).sum() for v in (AGREES, DISAGREES))
-    return (
-        f"Matching the statistics of the two modalities multiplies ResNet's divergence by {factors.min():.2g} to {factors.max():.2g}, depending on the "
-        f"arm; it clearly raises the score on the other modality in {helped} of {len(matched)} comparisons and lowers it in {hurt} (range of all: "
-        f"{matched.gain.min():+.1f} to {matched.gain.max():+.1f} points). Inverting the contrast, then matching mean and standard deviation, clearly raises it "
-        f"in {(turned.verdict == AGREES).sum()} of {len(turned)} nets (all: {turned.gain.min():+.1f} to {turned.gain.max():+.1f} points). "
-        f"An IBN-Net clearly scores higher than ResNet on the other modality in {gains} of {len(observed)} comparisons; "
-        + (f"that its lower divergence accounts for it is shown in {explained}." if gains else "there is no clear gain that lower divergence could explain.")
+    answer = (
+        "Matching the statistics of the two modalities multiplies ResNet's divergence by {factors}, depending on the arm; it clearly raises the score "
+        "on the other modality in {helped} of {arms} comparisons and lowers it in {hurt} (range of all: {matched} points). Inverting the contrast, then "
+        "matching mean and standard deviation, clearly raises it in {turned_helped} of {nets} nets (all: {turned} points). An IBN-Net clearly scores "
+        "higher than ResNet on the other modality in {gains} of {pairs} comparisons; "
     )
+    explained = "that its lower divergence accounts for it is shown in {explained}."
+    return (answer + (explained if found["gains"] != "0" else "there is no clear gain that lower divergence could explain.")).format(**found)
+
+
+def answer_table(
+    studies: Mapping[str, Sequence[pd.DataFrame]],  # data set → the three tables of `state_answer`
+) -> pd.DataFrame:  # text cells; rows: data sets
+    "Tabulate what `state_answer` states; scores are on the other modality, in points of mIoU."
+    columns = {
+        "matched statistics: ResNet's divergence": "×{factors}",
+        "matched statistics: score": "higher in {helped} of {arms} comparisons, lower in {hurt}: {matched}",
+        "inverted contrast, then mean and standard deviation: score": "higher in {turned_helped} of {nets} nets: {turned}",
+        "IBN-Net instead of ResNet: score": "higher in {gains} of {pairs} comparisons; shown to be due to lower divergence: {explained}",
+    }
+    found = {name: _count_answer(*tables) for name, tables in studies.items()}
+    cells = {column: {name: text.format(**counts) if counts else NOT_JUDGED for name, counts in found.items()} for column, text in columns.items()}
+    return pd.DataFrame(cells)
 
 
 def _format_number(effect: Effect) -> str:

@@ -151,7 +151,14 @@ def test_the_answer_counts_verdicts():
     gains = section7_report.section7_relation(make_scores(slope=-2.0, gain=0.0))[0]
     answer = section7_report.state_answer(scores, recovery, gains)
     assert "in 1 of 1 comparisons; that its lower divergence accounts for it is shown in 1." in answer
-    assert "not" in section7_report.state_answer(scores, recovery.assign(verdict=NOT_JUDGED), relation)
+    unjudged = recovery.assign(verdict=NOT_JUDGED)
+    assert "not" in section7_report.state_answer(scores, unjudged, relation)
+    table = section7_report.answer_table({"fields": (scores, recovery, gains), "one seed": (scores, unjudged, relation)})
+    assert table.loc["fields"].tolist() == [
+        "×0.062 to 0.5", "higher in 1 of 3 comparisons, lower in 1: -2.0 to +2.0", "higher in 1 of 2 nets: +4.0 to +6.5",
+        "higher in 1 of 1 comparisons; shown to be due to lower divergence: 1",
+    ]  # fmt: skip
+    assert (table.loc["one seed"] == NOT_JUDGED).all()
 
 
 def test_every_trained_arm_is_compared():
