@@ -44,10 +44,9 @@ from ..training.schedule import Recipe
 
 # %% auto #0
 __all__ = ['UNTESTED', 'FIG2', 'TABLE_1', 'TWO', 'THREE', 'NO_RATIO', 'NO_SHARE', 'FALL', 'RISE', 'HUGE_DECAY', 'HUGE_DIVERGENCE',
-           'S', 'A', 'R', 'LOSSES', 'BCE', 'DICE', 'LOVASZ', 'HYBRID', 'SEVEN', 'HALF', 'JUDGES', 'SAME', 'BEYOND',
-           'TITLES', 'ANSWERED', 'Finding', 'p_value', 'format_rule', 'find', 'Evidence', 'judge_gain', 'judge_best',
-           'judge_decay', 'judge_transfer', 'title_of', 'judge_ratio', 'judge_divergence', 'judge_layers',
-           'judge_depth', 'judge_slope', 'share_curves', 'judge_shares', 'judge_spread', 'converged_at',
+           'JUDGES', 'SAME', 'BEYOND', 'TITLES', 'ANSWERED', 'Finding', 'p_value', 'format_rule', 'find', 'Evidence',
+           'judge_gain', 'judge_best', 'judge_decay', 'judge_transfer', 'title_of', 'judge_ratio', 'judge_divergence',
+           'judge_layers', 'judge_depth', 'judge_slope', 'share_curves', 'judge_shares', 'judge_spread', 'converged_at',
            'judge_convergence', 'judge_claims', 'link_tables', 'claims_table']
 
 # %% ../../nbs/74_claims.ipynb #cell-05
@@ -279,12 +278,14 @@ def judge_convergence(evidence: Evidence, slow: dict, fast: dict, what: str) -> 
     effect = log_ratio(*([converged_at(loss) for loss in own] for own in losses))
     return find({"": effect}, f"iterations to 90 % of the fall of the loss, {what}", THREE, format_factor, **RISE)
 
-# %% ../../nbs/74_claims.ipynb #judges-1
+# %% ../../nbs/74_claims.ipynb #judged-nets
 S, A, R = {"norm": "ibn_s"}, {"norm": "ibn_a"}, {"norm": "bn"}
 LOSSES = {f"λ1 = {d}, λ2 = {lv}": A | {"dice": float(d), "lovasz": float(lv)} for lv in (0, 1) for d in (0, 1)}
 BCE, DICE, LOVASZ, HYBRID = LOSSES.values()
 SEVEN = {backbone_label(d, norm): {"depth": d, "norm": norm} for d, norm in TABLE2.index if (d, norm) != (101, "ibn_s")}
 HALF = {"sign": -1, "beyond": float(np.log(2))}
+
+# %% ../../nbs/74_claims.ipynb #judges-1
 JUDGES: dict[str, Callable[[Evidence], Finding]] = {
     "less_divergence": partial(judge_ratio, norm="ibn_s", **HALF),
     "nrgb_gain": partial(judge_gain, ours=R, others=R | {"channels": "rgb"}, what="ResNet101: NRGB − RGB", table=TWO),
