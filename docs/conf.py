@@ -1,10 +1,13 @@
 "Sphinx's settings: notebooks with their saved outputs, equations as MathML, no external resources."
 
 from configparser import ConfigParser
+from functools import cache
 from pathlib import Path
 
 from docutils import nodes
 from latex2mathml.converter import convert
+from sphinx import addnodes
+from sphinx.environment import BuildEnvironment
 
 SETTINGS = ConfigParser(delimiters=["="])
 SETTINGS.read(Path(__file__).resolve().parents[1] / "settings.ini", encoding="utf-8")
@@ -44,5 +47,30 @@ def write_math(writer, node: nodes.Element) -> None:
     raise nodes.SkipNode
 
 
+@cache
+def page_titles(env: BuildEnvironment) -> dict[str, nodes.bullet_list]:
+    "Return the contents of each page without what stands below its title, but with the pages that it lists."
+    tocs = {page: toc.deepcopy() for page, toc in env.tocs.items()}
+    for entry in (entry for toc in tocs.values() for entry in toc if len(entry) > 1):
+        listed = list(entry.findall(addnodes.toctree))
+        entry[1:] = [nodes.bullet_list("", *listed)] if listed else []
+    return tocs
+
+
+def make_sidebar_of_titles(app, page: str, template: str, context: dict, doctree: nodes.document | None) -> None:
+    "Let the sidebar, which shows titles only, be made of these: Sphinx copies every heading and name of the site for each page."
+    make, env = context["toctree"], app.env
+
+    def make_of_titles(**options) -> str:
+        whole, env.tocs = env.tocs, page_titles(env)
+        try:
+            return make(**options)
+        finally:
+            env.tocs = whole
+
+    context["toctree"] = make_of_titles
+
+
 def setup(app) -> None:
     app.add_html_math_renderer("mathml", (write_math, None), (write_math, None))
+    app.connect("html-page-context", make_sidebar_of_titles, priority=400)  # before the theme makes its sidebar
