@@ -198,6 +198,21 @@ def test_the_same_net_under_other_seeds(copy, tmp_path):
     assert gain == pytest.approx(own.diff().iloc[1], abs=1e-3)
 
 
+def test_a_study_of_another_machine_is_kept(out, tmp_path):
+    "Its verdicts are those of its table of claims; rows of the same machine are replaced, and other claims are refused."
+    (tmp_path / "farm" / "tables").mkdir(parents=True)
+    shutil.copy(out / "tables" / "claims.csv", tmp_path / "farm" / "tables")
+    words = [ROOT / "tools" / "keep_replication.py", out, "farm", "--results", tmp_path, "--machine"]
+    for machine in ("one", "two", "one"):
+        assert run(*words, machine).returncode == 0
+    kept, judged = (pd.read_csv(path, keep_default_na=False) for path in (tmp_path / "replicated.csv", out / "tables" / "claims.csv"))
+    assert kept.machine.value_counts().to_dict() == {"one": len(judged), "two": len(judged)}
+    assert kept[kept.machine == "one"].verdict.tolist() == judged.verdict.tolist()
+    judged.iloc[1:].to_csv(tmp_path / "farm" / "tables" / "claims.csv", index=False)
+    refused = run(*words, "three")
+    assert refused.returncode == 1 and f"judges other claims than results/farm: {judged.key[0]}" in refused.stderr
+
+
 def test_a_study_on_a_bare_machine_leaves_a_record(out, tmp_path):
     "The tool for a GPU machine without notebooks, on finished runs: nothing is trained, and everything but weights is recorded."
     shutil.copytree(out, tmp_path / "out" / "synthetic")
