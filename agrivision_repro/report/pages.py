@@ -91,6 +91,15 @@ def _origin_table(
     return pd.DataFrame(rows).T
 
 
+def _describe_origin(table: pd.DataFrame) -> dict[str, str]:  # html; empty without runs
+    "State once what all runs have in common, above the table of what they do not."
+    if table.empty:
+        return {}
+    shared = [column for column in table if table[column].nunique() == 1] if len(table) > 1 else []
+    words = "; ".join(f"{column}: {escape(str(table[column].iloc[0]))}" for column in shared)
+    return {"shared": f"All {len(table)} runs: {words}." if shared else "", "table": html_table(table.drop(columns=shared))}
+
+
 def _report_section(
     name: str,  # of the executed notebook
     results: Sequence[Result],  # that it uses; may be empty
@@ -142,9 +151,8 @@ def write_report(
         path = folder / "notebooks" / f"{name}.ipynb"
         path.with_suffix(".html").write_text(_notebook_page(path), encoding="utf-8")
         sections.append(_report_section(name, own, folder))
-    has_any = any(results.values())
     page = Environment(loader=FileSystemLoader(_TEMPLATES)).get_template("report.html.j2").render(
-        sections=sections, version=version("agrivision_repro"), origin=html_table(_origin_table(results, workspace)) if has_any else ""
+        sections=sections, version=version("agrivision_repro"), origin=_describe_origin(_origin_table(results, workspace))
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "index.html").write_text(page, encoding="utf-8")
