@@ -1,13 +1,13 @@
 "Sphinx's settings: notebooks with their saved outputs, equations as MathML, no external resources."
 
+import re
 from configparser import ConfigParser
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from docutils import nodes
 from latex2mathml.converter import convert
-from sphinx import addnodes
-from sphinx.environment import BuildEnvironment
+from sphinx.util.osutil import relative_uri
 
 SETTINGS = ConfigParser(delimiters=["="])
 SETTINGS.read(Path(__file__).resolve().parents[1] / "settings.ini", encoding="utf-8")
@@ -48,29 +48,47 @@ def write_math(writer, node: nodes.Element) -> None:
 
 
 @cache
-def page_titles(env: BuildEnvironment) -> dict[str, nodes.bullet_list]:
-    "Return the contents of each page without what stands below its title, but with the pages that it lists."
-    tocs = {page: toc.deepcopy() for page, toc in env.tocs.items()}
-    for entry in (entry for toc in tocs.values() for entry in toc if len(entry) > 1):
-        listed = list(entry.findall(addnodes.toctree))
-        entry[1:] = [nodes.bullet_list("", *listed)] if listed else []
-    return tocs
+def tree_of_titles(builder, **options) -> str:
+    "Render the sidebar of the front page."
+    return builder._get_local_toctree("index", **options)
 
 
-def make_sidebar_of_titles(app, page: str, template: str, context: dict, doctree: nodes.document | None) -> None:
-    "Let the sidebar, which shows titles only, be made of these: Sphinx copies every heading and name of the site for each page."
-    make, env = context["toctree"], app.env
+def point_from(tree: str, page: str, builder) -> str:
+    "Point the links of the front page's sidebar from another page, and mark the entry of that page and those around it."
+    here = builder.get_target_uri(page)
+    tree = re.sub(r'href="([^"#]+)"', lambda link: f'href="{relative_uri(here, link[1]) or "#"}"', tree)
+    around: list[int] = []  # where the lists and entries around the link to this page begin, from outside
+    for tag in re.finditer(r'<(/?)(?:ul|li)\b|href="#"', tree):
+        if tag[1] is None:
+            break
+        around.pop() if tag[1] else around.append(tag.start())
+    for start in reversed(around):
+        is_innermost = start == around[-1]
+        tree = tree[:start] + mark(tree[start:], is_innermost)
+    return tree
 
-    def make_of_titles(**options) -> str:
-        whole, env.tocs = env.tocs, page_titles(env)
-        try:
-            return make(**options)
-        finally:
-            env.tocs = whole
 
-    context["toctree"] = make_of_titles
+def mark(rest: str, is_innermost: bool) -> str:
+    "Mark the list or entry with which a part of the sidebar begins."
+    if rest.startswith("<ul"):
+        return rest.replace("<ul>", '<ul class="current">', 1)
+    rest = re.sub(r'"(toctree-l\d)([^"]*)"', rf'"\1 current\2{" current-page" * is_innermost}"', rest, count=1)
+    rest = rest.replace('<a class="', '<a class="current ', 1) if is_innermost else rest
+    has_own = "has-children" in rest.partition(">")[0]
+    return rest.replace(' class="toctree-checkbox"', ' checked="" class="toctree-checkbox"', 1) if has_own else rest
+
+
+def make_one_sidebar(app, page: str, template: str, context: dict, doctree: nodes.document | None) -> None:
+    "Let the theme make the sidebar once: Sphinx would copy every heading of the site for each page, and the theme parse it."
+    context["toctree"] = partial(tree_of_titles, app.builder)
+
+
+def point_sidebar(app, page: str, template: str, context: dict, doctree: nodes.document | None) -> None:
+    "Point the sidebar from its page."
+    context["furo_navigation_tree"] = point_from(context["furo_navigation_tree"], page, app.builder)
 
 
 def setup(app) -> None:
     app.add_html_math_renderer("mathml", (write_math, None), (write_math, None))
-    app.connect("html-page-context", make_sidebar_of_titles, priority=400)  # before the theme makes its sidebar
+    app.connect("html-page-context", make_one_sidebar, priority=400)  # before the theme makes its sidebar
+    app.connect("html-page-context", point_sidebar, priority=600)

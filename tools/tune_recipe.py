@@ -41,7 +41,8 @@ def read_recipe(base: Recipe, words: str) -> Recipe:
 
 def split_training(run: Run, workspace: Workspace, n_train: int) -> tuple[TileDataset, TileDataset]:
     "Split the training tiles by place into at most `n_train` for training and the rest for scoring."
-    feed, fields = workspace.feed(run, "train"), list(workspace.open(run.source, "train").fields)
+    feed, places = workspace.feed(run, "train"), workspace.open(run.source, "train").fields
+    fields = [places[k] for k in workspace.kept(run, "train")]
     held = set(sorted(set(fields))[::HELD_OUT])
     kept, scored = ([feed.tiles[k] for k, f in enumerate(fields) if (f in held) == is_held] for is_held in (False, True))
     return replace(feed, tiles=thin_out(kept, n_train)), replace(feed, tiles=thin_out(scored, run.recipe.max_val_tiles))
