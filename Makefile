@@ -1,4 +1,4 @@
-# make test        run all checks that CI runs
+# make test        run all checks but the slow ones (a cluster, compilers, a browser); ALL=1: all of them, as CI does
 # make test-lab    run only the notebooks in JupyterLab, in a real browser (needs chromium and chromedriver)
 # make reproduce   SCALE=smoke|laptop|workstation|paper DATA=synthetic|naip-trees|ag-net|agrivision-{2020,2021,cvpr2020} DATA_ROOT=DIR OUT=DIR TABLES="..." AT_ONCE=N
 # make notebooks   run every notebook, save its outputs, export the package and README.md
@@ -14,6 +14,7 @@ SEEDS     ?= 0
 DEVICE    ?= auto
 TABLES    ?=
 AT_ONCE   ?= 0
+ALL       ?=
 PYTHON    ?=
 PIP_ARGS  ?=
 VENV      ?= .venv
@@ -31,7 +32,7 @@ test: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python tools/run_nbdev_test.py --out build/smoke
-	SMOKE=build/smoke $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	SMOKE=build/smoke $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(if $(ALL),,-m "not slow and not lab")
 
 test-lab: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -rs -n 0 tests/repository/test_lab.py

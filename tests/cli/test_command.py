@@ -116,6 +116,7 @@ def test_a_mistake_in_the_shell():
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--sclae" in done.stderr
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(tmp_path):
     "SIGKILL when some runs are finished: those are not repeated, and the report is made."
     out = tmp_path / "out"

@@ -47,6 +47,6 @@ if __name__ == "__main__":
                 time.sleep(0.005)  # it has gone on by at least one state
             time.sleep(moments.uniform(0, 0.15))
             n_midway += any(out.glob("runs/*/state/state.safetensors"))
-            os.kill(child, signal.SIGKILL if k < 20 else signal.SIGTERM)
+            os.kill(child, signal.SIGKILL if k < n_kills - 2 else signal.SIGTERM)
         os.waitpid(child, 0)
     print(n_midway)

@@ -8,6 +8,7 @@ import pytest
 import segmentation_models_pytorch
 import timm
 import torch
+from norms import EVERY_NORM
 from processes import in_two_processes
 from torch import nn
 from torch.optim.swa_utils import update_bn
@@ -89,7 +90,7 @@ def results_of(model: nn.Module, way, x: torch.Tensor) -> dict:
     return found
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", EVERY_NORM)
 def test_layout_and_capture_change_no_result(norm):
     torch.manual_seed(0)
     model = DeepLabV3Plus(3, 18, norm, width=TINY).double()
@@ -102,6 +103,7 @@ def test_layout_and_capture_change_no_result(norm):
         torch.testing.assert_close(results_of(model, way, x.to(memory_format=layout)), plain, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_norms_change_no_result():
     torch.manual_seed(0)

@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+from norms import EVERY_NORM
 from processes import in_two_processes
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3, freeze, unfreeze
@@ -17,7 +18,6 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from agrivision_repro.models.backbones import NORMS
 from agrivision_repro.models.deeplab import DeepLabV3Plus
 from agrivision_repro.models.norms import LIMITS, TOOLS, InstanceBatchNorm2d, SwitchNorm2d
 
@@ -336,7 +336,7 @@ def deeplab(norm: str) -> tuple[nn.Module, ExportedProgram]:
     return net, export(net, (images(2, 4, 64, 64),), dynamic_shapes=(DYNAMIC,))
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", EVERY_NORM)
 def test_deeplab_exports_with_dynamic_sizes(norm):
     net, program = deeplab(norm)
     run, logits = program.module(), create_feature_extractor(net, {"interpolate": "logits"})
@@ -346,7 +346,7 @@ def test_deeplab_exports_with_dynamic_sizes(norm):
             same(logits(x)["logits"], net(x))
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", EVERY_NORM)
 def test_deeplab_in_onnxruntime(norm, tmp_path):
     net, program = deeplab(norm)
     run, exact = onnx_of(program, images(2, 4, 64, 64), tmp_path / "net.onnx"), copy.deepcopy(net).double()

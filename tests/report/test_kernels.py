@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nbformat
 import psutil
+import pytest
 from forked import wait_until
 from jupyter_client.connect import LocalPortCache
 from jupyter_client.provisioning import KernelProvisionerFactory
@@ -32,6 +33,7 @@ with forked_kernels():
 '''
 
 
+@pytest.mark.slow
 def test_a_kernel_is_a_fork_that_ends_with_its_owner(tmp_path):
     "Also where the owner is killed: neither the kernel nor the fork server stays."
     written = tmp_path / "pid"

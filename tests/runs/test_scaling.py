@@ -112,6 +112,7 @@ def test_a_batch_that_does_not_fit(monkeypatch):
     assert (pace.n_tiles, pace.is_full) == (2, False)
 
 
+@pytest.mark.slow
 def test_paper_plan_on_a_laptop(command, tmp_path):
     "No data, no GPU, really timed: on one screen, and nothing is written."
     words = ["--scale", "paper", "--data", "agrivision-2020", "--device", "cpu", "--devices", "4", "--seeds", "0,1"]
@@ -257,12 +258,14 @@ def trained(cluster, tmp_path_factory):
     return SimpleNamespace(workspace=workspace, runs=runs, victim=victim, failing=failing, killed=killed, outcome=outcome)
 
 
+@pytest.mark.slow
 def test_all_runs_of_table_1_end(trained):
     assert set(trained.outcome.results) == set(trained.runs)
     for run in trained.runs:
         assert trained.outcome.results[run].folder == trained.workspace.folder(run)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_goes_on_from_its_saved_state(trained, tmp_path):
     assert len(trained.killed) == 1
     result = trained.outcome.results[trained.victim]
@@ -277,6 +280,7 @@ def test_a_killed_worker_goes_on_from_its_saved_state(trained, tmp_path):
         assert ours.keys() == same.keys() and all(torch.equal(ours[name], same[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_a_run_that_raises_is_reported_once(trained):
     "It is not tried again: its worker was not lost."
     assert list(trained.outcome.failures) == [trained.failing]
@@ -285,6 +289,7 @@ def test_a_run_that_raises_is_reported_once(trained):
     assert trained.workspace.folder(trained.failing).record()["state"].startswith("failed: the loss is ")
 
 
+@pytest.mark.slow
 def test_the_plan_knows_what_is_finished(trained, paces, tmp_path):
     "With the data beside the results, and by description where only the results were copied."
     wanted = {"table1_modality": [*trained.runs, replace(trained.runs[0], seed=9)]}
@@ -296,6 +301,7 @@ def test_the_plan_knows_what_is_finished(trained, paces, tmp_path):
         assert "3 Runs, 2 finished" in plan.as_text()
 
 
+@pytest.mark.slow
 def test_the_command_names_what_failed(trained, command):
     "A damaged state fails its Run; the other is trained, the exit code tells, and there is no traceback."
     broken, whole = table1("smoke", seeds=[1])

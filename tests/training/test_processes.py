@@ -58,6 +58,7 @@ def test_the_losses_differ(folders):
     assert bce.shape[1] == 3 and hybrid.shape[1] == 5
 
 
+@pytest.mark.slow
 def test_runs_over_two_processes(tmp_path):
     "A smoke Run of each norm ends, is recorded as two halves, and its weights score the same in one process: identical numbers."
     run_in_parts(2, HELPERS / "sharing.py", tmp_path, "--runs")
@@ -69,6 +70,7 @@ def test_runs_over_two_processes(tmp_path):
         assert score_again(folder, workspace) == result.scores
 
 
+@pytest.mark.slow
 def test_the_command_over_two_processes(tmp_path):
     "Started by torchrun it trains once and speaks once."
     words = ["train", "--scale", "smoke", "--out", tmp_path, "-p", "norm=ibn_s", "-p", "depth=18"]

@@ -307,6 +307,7 @@ def test_the_runs_of_section_7():
         assert replace(run, intervention="") in runs
 
 
+@pytest.mark.slow
 def test_runs_over_two_processes(tmp_path):
     "Runs with a penalty and with frozen switches end over two processes, are scored, load, and have the intervention in their title."
     (tmp_path / "script.py").write_text(SCRIPT)

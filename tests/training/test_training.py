@@ -41,15 +41,24 @@ def contents(out: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name not in ("run.json", ".lock")}
 
 
-def test_killed_twenty_times(tmp_path):
-    "Twenty SIGKILLs, then two SIGTERMs, at random moments: weights, history and scores of an undisturbed training, bit by bit."
-    done = {n: run(HELPERS / "killing.py", tmp_path / n, n, "0", env=ONE_THREAD) for n in ("0", "22")}
-    assert [process.returncode for process in done.values()] == [0, 0], done
-    assert int(done["22"].stdout) >= 15, done["22"].stderr  # killed while a training was under way
-    found, wanted = contents(tmp_path / "22"), contents(tmp_path / "0")
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    "What a small training leaves that nobody kills."
+    out = tmp_path_factory.mktemp("undisturbed")
+    assert run(HELPERS / "killing.py", out, "0", "0", env=ONE_THREAD).returncode == 0
+    return contents(out)
+
+
+@pytest.mark.parametrize(("n_kills", "n_midway"), [(5, 3), pytest.param(22, 15, marks=pytest.mark.slow)])
+def test_killed_again_and_again(n_kills, n_midway, undisturbed, tmp_path):
+    "SIGKILLs, then two SIGTERMs, at random moments: weights, history and scores of an undisturbed training, bit by bit."
+    done = run(HELPERS / "killing.py", tmp_path, n_kills, "0", env=ONE_THREAD)
+    assert done.returncode == 0, done
+    assert int(done.stdout) >= n_midway, done.stderr  # killed while a training was under way
+    found, wanted = contents(tmp_path), undisturbed
     assert sorted(found) == ["best.safetensors", "history.csv", "scores.json", "tiles.npy", "weights.safetensors"]
     assert found == wanted
-    (folder,) = (tmp_path / "22").glob("runs/*")
+    (folder,) = tmp_path.glob("runs/*")
     assert not list(folder.glob("**/*.new")) and not (folder / "state").exists()
 
 
@@ -226,6 +235,7 @@ def test_no_compiler_is_a_line_not_a_crash():
     assert said.startswith("not compiled, no compiler works here (") and shape == "(1, 2, 8, 8)"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler here")
 def test_compiled_in_place():
     "The keys stay, and the result."
