@@ -1,4 +1,6 @@
-"""Train a small Run, being killed at random moments, until it ends: killing.py OUT N_KILLS SEED
+"""Train a small Run, being killed at random moments, until it ends: killing.py OUT N_KILLS SEED LENGTH
+
+LENGTH is the number of iterations of its decay.
 
 Everything is imported once; each attempt is a forked child that trains and a parent that waits and kills. The parent never computes.
 """
@@ -17,15 +19,15 @@ from agrivision_repro.runs.run import plan_run
 from agrivision_repro.runs.workspace import Workspace
 
 
-def small_run():
+def small_run(length: int):
     run = plan_run("smoke", "synthetic", depth=18, channels="rgb", norm="ibn_s", lovasz=1.0)
-    return replace(run, recipe=replace(run.recipe, warmup=5, constant=35, decay=120, evaluate_every=20))
+    return replace(run, recipe=replace(run.recipe, warmup=5, constant=35, decay=length, evaluate_every=20))
 
 
-def attempt(out: Path) -> None:
+def attempt(out: Path, length: int) -> None:
     "Train in this process to the end, or until killed."
     torch.set_num_threads(1)
-    Workspace(out, device="cpu", save_every=3).result(small_run())
+    Workspace(out, device="cpu", save_every=3).result(small_run(length))
 
 
 if __name__ == "__main__":
@@ -35,7 +37,7 @@ if __name__ == "__main__":
         child = os.fork()
         if child == 0:
             try:
-                attempt(out)
+                attempt(out, int(sys.argv[4]))
             finally:
                 os._exit(0)
         if k < n_kills:

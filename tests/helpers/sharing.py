@@ -1,4 +1,4 @@
-"""Train small models for some iterations and score them, in as many processes as this is started in: sharing.py OUT [--runs | --tiles]
+"""Train small models and score them, in as many processes as this is started in: sharing.py OUT (NORM | --runs | --tiles)
 
 With --runs, whole Runs at smoke scale, one of each norm. With --tiles, an untrained model is scored and the counts of each tile are kept.
 
@@ -70,13 +70,12 @@ def train(norm: str, loss: nn.Module, feed: TileDataset, engine: Engine, out: Pa
         out.with_suffix(".json").write_text(json.dumps(scores))
 
 
-def train_small_models(out: Path, engine: Engine) -> None:
+def train_small_models(norm: str, out: Path, engine: Engine) -> None:
     tiles = open_tiles("synthetic", write_synthetic(out.parent / "farm", SyntheticConfig(32, 5, 1, 1)), "train")
     feed = TileDataset([tiles[k] for k in range(17)], "rgbn", 7)  # one process scores two batches, the other one
     is_alone = engine.accelerator.num_processes == 1
-    for norm in NORMS:
-        train(norm, HybridLoss(0, 0), feed, engine, out / f"{norm}-bce")
-        train(norm, (Halves if is_alone else HybridLoss)(1, 1), feed, engine, out / f"{norm}-hybrid")
+    train(norm, HybridLoss(0, 0), feed, engine, out / f"{norm}-bce")
+    train(norm, (Halves if is_alone else HybridLoss)(1, 1), feed, engine, out / f"{norm}-hybrid")
 
 
 def score_untrained(out: Path, engine: Engine) -> None:
@@ -97,7 +96,7 @@ if __name__ == "__main__":
     elif "--tiles" in sys.argv:
         score_untrained(out, engine)
     else:
-        train_small_models(out, engine)
+        train_small_models(sys.argv[2], out, engine)
     engine.accelerator.wait_for_everyone()
     if distributed.is_initialized():
         distributed.destroy_process_group()

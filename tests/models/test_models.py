@@ -1,13 +1,13 @@
 "One contract for every model, and the norms over several processes."
 
 import shutil
-import subprocess
 import sys
 
 import pytest
 import segmentation_models_pytorch
 import timm
 import torch
+from forked import run
 from norms import EVERY_NORM
 from processes import in_two_processes
 from torch import nn
@@ -64,7 +64,7 @@ for _ in range(20):
 
 def test_gradients_of_narrow_nets_leave_memory_alone():
     "oneDNN writes past its workspace in strided 1×1 convolutions of few channels; seen on CPUs with AVX2 and without AVX-512."
-    done = subprocess.run([sys.executable, "-c", BACKWARD], capture_output=True, text=True)
+    done = run(sys.executable, "-c", BACKWARD)
     assert done.returncode == 0, done.stderr
 
 

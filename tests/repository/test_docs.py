@@ -4,8 +4,6 @@ import ast
 import importlib
 import json
 import re
-import subprocess
-import sys
 import zlib
 from functools import cache
 from html.parser import HTMLParser
@@ -14,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from filelock import FileLock
+from forked import run
 
 from agrivision_repro.report.render import NOTHING_LEARNED
 from agrivision_repro.report.results import list_results
@@ -67,7 +66,7 @@ def site(tmp_path_factory):
     shared = shared.parent if shared.name.startswith("popen-") else shared
     with FileLock(shared / "site.lock"):
         if not (shared / "site").exists():
-            done = subprocess.run([sys.executable, ROOT / "docs" / "build.py", shared / "site"], cwd=ROOT, capture_output=True, text=True)
+            done = run(ROOT / "docs" / "build.py", shared / "site", cwd=ROOT)
             assert done.returncode == 0, done.stderr[-3000:]
     return shared / "site"
 

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from forked import run_in_parts
+from norms import EVERY_NORM
 
 from agrivision_repro.models.backbones import NORMS
 from agrivision_repro.runs.listing import list_runs
@@ -30,23 +32,28 @@ def run(*words) -> str:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    "What one process and two made of the same."
-    folder = tmp_path_factory.mktemp("sharing")
-    for name in ("one", "two"):
-        (folder / name).mkdir()
-        run_in_parts(2 if name == "two" else 1, HELPERS / "sharing.py", folder / name)
-    return folder / "one", folder / "two"
+    "What one process and two made of the same net."
+
+    @cache
+    def make(norm: str) -> tuple[Path, Path]:
+        folder = tmp_path_factory.mktemp("sharing")
+        for name in ("one", "two"):
+            (folder / name).mkdir()
+            run_in_parts(2 if name == "two" else 1, HELPERS / "sharing.py", folder / name, norm)
+        return folder / "one", folder / "two"
+
+    return make
 
 
 @pytest.mark.parametrize("loss", ["bce", "hybrid"])
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", EVERY_NORM)
 def test_two_processes_equal_one(norm, loss, folders):
     "BCE: one process on the whole batch. Dice and Lovász: one that averages the losses of both halves. Weights and buffers to 1e-9."
-    one, two = (read_tensors(folder / f"{norm}-{loss}.safetensors")[0] for folder in folders)
+    one, two = (read_tensors(folder / f"{norm}-{loss}.safetensors")[0] for folder in folders(norm))
     assert one.keys() == two.keys() and len(one) > 100
     for key in one:
         torch.testing.assert_close(two[key], one[key], rtol=1e-9, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
-    scores = [json.loads((folder / f"{norm}-{loss}.json").read_text()) for folder in folders]
+    scores = [json.loads((folder / f"{norm}-{loss}.json").read_text()) for folder in folders(norm)]
     for metric in scores[0]:
         assert scores[1][metric]["background_only"] == scores[0][metric]["background_only"]
         assert scores[1][metric]["mean"] == pytest.approx(scores[0][metric]["mean"], abs=1e-6)
@@ -54,7 +61,7 @@ def test_two_processes_equal_one(norm, loss, folders):
 
 def test_the_losses_differ(folders):
     "A check of the checks: halves of their own are another training."
-    bce, hybrid = (read_tensors(folders[0] / f"bn-{loss}.safetensors")[0]["history"] for loss in ("bce", "hybrid"))
+    bce, hybrid = (read_tensors(folders("ibn_s")[0] / f"ibn_s-{loss}.safetensors")[0]["history"] for loss in ("bce", "hybrid"))
     assert bce.shape[1] == 3 and hybrid.shape[1] == 5
 
 

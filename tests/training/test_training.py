@@ -41,24 +41,16 @@ def contents(out: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name not in ("run.json", ".lock")}
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    "What a small training leaves that nobody kills."
-    out = tmp_path_factory.mktemp("undisturbed")
-    assert run(HELPERS / "killing.py", out, "0", "0", env=ONE_THREAD).returncode == 0
-    return contents(out)
-
-
-@pytest.mark.parametrize(("n_kills", "n_midway"), [(5, 3), pytest.param(22, 15, marks=pytest.mark.slow)])
-def test_killed_again_and_again(n_kills, n_midway, undisturbed, tmp_path):
+@pytest.mark.parametrize(("n_kills", "n_midway", "length"), [(5, 3, 20), pytest.param(22, 15, 120, marks=pytest.mark.slow)])
+def test_killed_again_and_again(n_kills, n_midway, length, tmp_path):
     "SIGKILLs, then two SIGTERMs, at random moments: weights, history and scores of an undisturbed training, bit by bit."
-    done = run(HELPERS / "killing.py", tmp_path, n_kills, "0", env=ONE_THREAD)
-    assert done.returncode == 0, done
-    assert int(done.stdout) >= n_midway, done.stderr  # killed while a training was under way
-    found, wanted = contents(tmp_path), undisturbed
+    done = {n: run(HELPERS / "killing.py", tmp_path / str(n), n, "0", length, env=ONE_THREAD) for n in (0, n_kills)}
+    assert [process.returncode for process in done.values()] == [0, 0], done
+    assert int(done[n_kills].stdout) >= n_midway, done[n_kills].stderr  # killed while a training was under way
+    wanted, found = (contents(tmp_path / str(n)) for n in (0, n_kills))
     assert sorted(found) == ["best.safetensors", "history.csv", "scores.json", "tiles.npy", "weights.safetensors"]
     assert found == wanted
-    (folder,) = tmp_path.glob("runs/*")
+    (folder,) = (tmp_path / str(n_kills)).glob("runs/*")
     assert not list(folder.glob("**/*.new")) and not (folder / "state").exists()
 
 
