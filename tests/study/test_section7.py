@@ -1,9 +1,10 @@
 "Section 7: scores in the arms are those of the runs, effects are those worked out by hand, and nothing is done twice."
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
-from smoke import take_runs
 
 from agrivision_repro.analysis.significance import AGREES, DISAGREES, NO_EFFECT, NOT_JUDGED, UNDECIDED, combine
 from agrivision_repro.core import read_json, write_json
@@ -168,10 +169,9 @@ def test_every_trained_arm_is_compared():
 
 
 def test_contrasts_are_differences_of_scores(tmp_path):
-    "All arms, a single seed."
-    workspace, runs = Workspace(tmp_path, device="cpu"), tables.section7_trained()
-    take_runs(runs, tmp_path)
-    results = workspace.results(runs)
+    "All arms, 18 layers, a single seed."
+    workspace = Workspace(tmp_path, device="cpu")
+    results = workspace.results([replace(run, depth=18) for run in tables.section7_trained()])
     scores = section7_trained.trained_scores(results, workspace)
     effects_table = section7_trained.trained_effects(results, scores, workspace)
     effects = effects_table.set_index(["what", "tested_on"]).effect
