@@ -394,7 +394,8 @@ def laptop_data(tmp_path_factory):
     return workspace.out
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_stopped_runs_save_their_states(laptop_data, tmp_path, signum):
     "The command stopped, or killed: the runs save what they have, and no process stays."
     shutil.copytree(laptop_data, tmp_path / "out")

@@ -168,6 +168,7 @@ def test_every_trained_arm_is_compared():
     assert all(np.isclose(sum(contrast.weights.values()), 0) for contrast in section7_trained.CONTRASTS)
 
 
+@pytest.mark.slow
 def test_contrasts_are_differences_of_scores(tmp_path):
     "All arms, 18 layers, a single seed."
     workspace = Workspace(tmp_path, device="cpu")
