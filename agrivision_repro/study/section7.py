@@ -104,12 +104,15 @@ def _evaluate_arms(result: Result, workspace: Workspace) -> tuple[dict, np.ndarr
     for name, arm in ARMS.items():
         chosen = [steps[step] for step in arm.steps]
         net = _adapt(model, inputs[arm.adapts_to], engine) if arm.adapts_to else model
-        scores, tiles = score_tiles(Intervened(net, *chosen), feeds[arm.tested_on], engine)
+        if name == AS_IT_IS:  # scored when it was trained
+            scores, tiles = result.scores[OTHER[run.channels]], result.tile_counts(OTHER[run.channels])
+        else:
+            scores, tiles = score_tiles(Intervened(net, *chosen), feeds[arm.tested_on], engine)
         found[name] = {"scores": scores}
         if arm.tested_on == "other":
             table = tabulate(own, measure(net, apply_to(other, *chosen)))
             found[name] |= {c: float(np.nanmedian(table[c])) for c in ("divergence", "median_channel")}
-        counts.append(tiles.numpy())
+        counts.append(np.asarray(tiles))
     return found, np.stack(counts)
 
 
