@@ -172,6 +172,15 @@ def test_no_page_shows_a_smoke_run(site):
     assert [path for path in site.rglob("*.html") if NOTHING_LEARNED in path.read_text(encoding="utf-8")] == []
 
 
+def test_each_page_is_marked_in_its_sidebar(site):
+    "It alone, by a link to itself; the list that it stands in is open."
+    marked = '<li class="toctree-l{} current{} current-page"><a class="current reference internal" href="#">{}</a>'
+    for name, level, own, title in (("20_norms", 1, "", "Norms"), ("api/index", 1, " has-children", "API"), ("api/core", 2, "", "core")):
+        tree = (site / f"{name}.html").read_text(encoding="utf-8").partition('<div class="sidebar-tree">')[2].partition("</div>")[0]
+        assert tree.count("current-page") == 1 and marked.format(level, own, title) in tree, name
+        assert tree.count(' checked=""') == name.startswith("api/")
+
+
 def test_links_within_the_site_lead_somewhere(site, pages):
     assert broken_links(pages, site.resolve()) == []
 
