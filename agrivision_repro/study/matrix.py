@@ -59,3 +59,13 @@ def claims_matrix(
         is_lost = own.verdict.isin([AGREES, DISAGREES]) & (own.holm == UNDECIDED)
         columns[title] = own.holm.mask(is_lost, own.verdict + ALONE)
     return pd.DataFrame(columns).reindex(pd.MultiIndex.from_frame(judged[["where", "key"]])).fillna(UNTESTED)
+
+
+def compare_replicated(
+    results: Path,  # a folder of results folders, with replicated.csv
+) -> pd.DataFrame:  # name, key, machine; interval, verdict and holm as published, and with " again" as found on the other machine
+    "Load the verdicts that the same seeds gave on other machines beside the published ones: distinct claims that can be tested."
+    again = pd.read_csv(results / "replicated.csv", keep_default_na=False)
+    tables = {name: pd.read_csv(results / name / "tables" / "claims.csv", keep_default_na=False) for name in again.name.unique()}
+    both = pd.concat(tables, names=["name"]).reset_index("name").merge(again, on=["name", "key"], suffixes=("", " again"))
+    return both[(both.verdict != UNTESTED) & (both.same_as == "")]
