@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
 import os
@@ -40,6 +41,7 @@ def agrivision(
 def main() -> None:
     "Run the command; a usage error prints one line to stderr and exits with code 2 (set AGRIVISION_TRACEBACK for the traceback)."
     gc.set_threshold(20_000)  # the default seeks garbage among a million imported objects: a fifth of a start
+    atexit.register(gc.freeze)  # and at the end another second
     warnings.formatwarning = lambda message, *_: f"agrivision: {message}\n"  # one line, without the source line
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it logs about a damaged file is raised, too
     try:
