@@ -31,10 +31,11 @@ from .norms import InstanceBatchNorm2d, SwitchNorm2d
 
 # %% auto #0
 __all__ = ['DEPTHS', 'NORMS', 'DILATIONS', 'MULTIGRID', 'TORCHVISION', 'IBN_NET', 'IMAGENET_URLS', 'INPUT', 'TIMM_NAMES',
-           'default_cfgs', 'replace_first_norms', 'backbone_label', 'last_activation', 'add_norm_after_addition',
-           'add_instance_norms', 'replace_all_norms', 'swap_norms', 'set_multigrid', 'widen_stem', 'fetch_checkpoint',
-           'read_checkpoint', 'LoadReport', 'load_matching', 'load_imagenet', 'SubsampledConv2d',
-           'subsample_before_narrow_convs', 'make_resnet', 'create_backbone', 'spread', 'branch_spreads', 'make_entry']
+           'default_cfgs', 'replace_first_norms', 'backbone_label', 'make_instance_norm', 'last_activation',
+           'add_norm_after_addition', 'add_instance_norms', 'replace_all_norms', 'swap_norms', 'set_multigrid',
+           'widen_stem', 'fetch_checkpoint', 'read_checkpoint', 'LoadReport', 'load_matching', 'load_imagenet',
+           'SubsampledConv2d', 'subsample_before_narrow_convs', 'make_resnet', 'create_backbone', 'spread',
+           'branch_spreads', 'make_entry']
 
 # %% ../../nbs/22_backbones.ipynb #cell-05
 def replace_first_norms(
@@ -55,6 +56,18 @@ def backbone_label(
     return f"{family}{depth}" + ("" if norm == "bn" else f"-{norm.removeprefix('ibn_')}")
 
 # %% ../../nbs/22_backbones.ipynb #cell-07
+def make_instance_norm(channels: int) -> nn.InstanceNorm2d:
+    "Return an instance norm that keeps the memory layout of its input."
+    norm = nn.InstanceNorm2d(channels, affine=True)
+    norm.register_forward_hook(_keep_layout)
+    return norm
+
+
+def _keep_layout(_norm: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:  # `(B, C, H, W)`
+    is_last = inputs[0].is_contiguous(memory_format=torch.channels_last)
+    return output.contiguous(memory_format=torch.channels_last) if is_last else output
+
+
 def last_activation(block: nn.Module) -> str:
     "Return the name of the ReLU after a block's addition."
     return "act3" if hasattr(block, "act3") else "act2"
@@ -63,7 +76,7 @@ def last_activation(block: nn.Module) -> str:
 def add_norm_after_addition(block: nn.Module, channels: int) -> None:
     "Insert IBN-b's instance norm before the last ReLU of a block, as `IN` in its state dict."
     name = last_activation(block)
-    steps = OrderedDict(IN=nn.InstanceNorm2d(channels, affine=True), act=getattr(block, name))
+    steps = OrderedDict(IN=make_instance_norm(channels), act=getattr(block, name))
     setattr(block, name, nn.Sequential(steps))
     block.register_state_dict_post_hook(_use_public_name)
     block.register_load_state_dict_pre_hook(_use_own_name)
@@ -86,7 +99,7 @@ def add_instance_norms(
     resnet: ResNet,  # changed in place
 ) -> None:
     "Replace the stem's norm by an instance norm and add one to the last blocks of layers 1 and 2."
-    resnet.bn1 = nn.InstanceNorm2d(resnet.bn1.num_features, affine=True)
+    resnet.bn1 = make_instance_norm(resnet.bn1.num_features)
     for stage, info in zip((resnet.layer1, resnet.layer2), resnet.feature_info[1:], strict=False):
         add_norm_after_addition(stage[-1], info["num_chs"])
 

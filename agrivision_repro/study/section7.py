@@ -104,16 +104,25 @@ def _evaluate_arms(result: Result, workspace: Workspace) -> tuple[dict, np.ndarr
     for name, arm in ARMS.items():
         chosen = [steps[step] for step in arm.steps]
         net = _adapt(model, inputs[arm.adapts_to], engine) if arm.adapts_to else model
+        changed = apply_to(other, *chosen) if arm.tested_on == "other" else []
         if name == AS_IT_IS:  # scored when it was trained
             scores, tiles = result.scores[OTHER[run.channels]], result.tile_counts(OTHER[run.channels])
         else:
-            scores, tiles = score_tiles(Intervened(net, *chosen), feeds[arm.tested_on], engine)
+            chosen = [_in_turn(changed)] if changed else chosen
+            with engine.autocast():  # weights are converted once, not for each batch
+                scores, tiles = score_tiles(Intervened(net, *chosen), feeds[arm.tested_on], engine)
         found[name] = {"scores": scores}
-        if arm.tested_on == "other":
-            table = tabulate(own, measure(net, apply_to(other, *chosen)))
+        if changed:
+            table = tabulate(own, measure(net, changed))
             found[name] |= {c: float(np.nanmedian(table[c])) for c in ("divergence", "median_channel")}
         counts.append(np.asarray(tiles))
     return found, np.stack(counts)
+
+
+def _in_turn(batches: list) -> Intervention:
+    "Return an intervention that gives stored inputs, in their order, for those of the same tiles."
+    stored = iter(batches)
+    return lambda x: next(stored).contiguous(memory_format=torch.channels_last)
 
 
 def _adapt(model: nn.Module, inputs: list, engine: Engine) -> nn.Module:
