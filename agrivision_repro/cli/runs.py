@@ -102,12 +102,19 @@ _RunId = Annotated[str, typer.Argument(help="The first digits of the run's id.")
 @runs_app.callback()
 def runs(context: typer.Context, out: _Results = "out"):
     "List all runs: state, age, data, mIoU and average precision."
-    from agrivision_repro.runs.listing import list_runs
-
     context.obj = Path(out).expanduser()
     if context.invoked_subcommand is None:
-        table = list_runs(context.obj)
-        print(_format_runs(table, context.obj) if len(table) else f"no runs in {out}: make some with agrivision train or agrivision reproduce")
+        list_all(context, out)
+
+
+@runs_app.command("list")
+def list_all(context: typer.Context, out: _Results = ""):
+    "Print all runs; `agrivision runs` alone does so, too."
+    from agrivision_repro.runs.listing import list_runs
+
+    folder = Path(out).expanduser() if out else context.obj
+    table = list_runs(folder)
+    print(_format_runs(table, folder) if len(table) else f"no runs in {folder}: make some with agrivision train or agrivision reproduce")
 
 
 def _format_runs(

@@ -60,6 +60,7 @@ def test_a_run_of_another_version_is_refused_in_a_line(tmp_path, command):
     assert list_runs(tmp_path).set_index("id").state[new.name] == "finished"
     code, text, _ = command("--out", tmp_path)
     assert code == 0 and "000000000000  –\n" in text and "from another version of agrivision_repro: remove it" in " ".join(text.split())
+    assert command("list", "--out", tmp_path) == command("--out", tmp_path, "list") == (0, text, [])
     code, text, (complaint,) = command("--out", tmp_path, "show", "0")
     assert code == 2 and not text and complaint.startswith(f"agrivision: {old.record_file} is from another version")
 
