@@ -100,9 +100,8 @@ def resampled_moments(
     weights: Tensor,  # count of each sample in each resample, `(R, N)`
 ) -> tuple[Tensor, Tensor]:  # mean and unbiased variance, `(R, C)` float64
     "Compute the moments of weighted samples."
-    centre = means.double().nanmean(0)
+    weights, centre = weights.double(), means.double().nanmean(0)
     known, x = (~means.isnan()).double(), (means.double() - centre).nan_to_num()
-    weights = weights.double()
     count = weights @ known
     step = weights @ x / count
     return centre + step, (weights @ x.square() / count - step.square()).clamp(min=0) * count / (count - 1)
@@ -134,8 +133,7 @@ def bootstrap(
 ) -> tuple[float, float]:  # lower and upper end; NaN for a single place
     "Compute a 95 % interval of a layer's divergence by the basic bootstrap of its logarithm."
     weights = draw_places(places, n_resamples, torch.Generator().manual_seed(seed))
-    whole = [resampled_moments(x, torch.ones(1, len(x)))[1] for x in (a, b)]
-    limits = [(1e-9 * var).clamp(min=eps) for var in whole]  # a channel without variance in a resample is dead there
+    limits = [(1e-9 * resampled_moments(x, torch.ones(1, len(x)))[1]).clamp(min=eps) for x in (a, b)]  # dead in a resample: no variance
     moments = [resampled_moments(x, w) for x, w in zip((a, b), weights, strict=True)]
     drawn = average_alive(*moments[0], *moments[1], *limits)[0]
     low, high = torch.nanquantile(drawn, torch.tensor([0.025, 0.975]).double()).tolist()
@@ -366,7 +364,9 @@ def divergence_by_class(
 
 # %% ../../nbs/42_divergence.ipynb #cell-46
 def draw_curve(ax, label: str, table: pd.DataFrame, color: str) -> None:
-    "Draw one table's divergence, interval and null."
+    "Draw one table's divergence, interval and null; raises ValueError unless it has one estimator."
+    if table.estimator.nunique() != 1:
+        raise ValueError(f"{label} has {', '.join(table.estimator.unique())}: select the rows of one estimator")
     ax.plot(table.depth, table.divergence, "o-", label=label, color=color, markersize=3, linewidth=1.2)
     if "low" in table:
         ax.fill_between(table.depth, table.low, table.high, color=color, alpha=0.18, linewidth=0)
@@ -385,8 +385,6 @@ def draw_divergence(
     fig, axes = plt.subplots(1, len(panels), squeeze=False, sharey=True, layout="constrained", figsize=size, dpi=100)
     for ax, (title, curves) in zip(axes[0], panels.items(), strict=True):
         for k, (label, table) in enumerate(curves.items()):
-            if table.estimator.nunique() != 1:
-                raise ValueError(f"{label} has {', '.join(table.estimator.unique())}: select the rows of one estimator")
             draw_curve(ax, label, table, CURVE_COLORS[k % len(CURVE_COLORS)])
         mark_stages(ax, table.layer.tolist())
         ax.set(xlabel="layer, counted from the input", yscale="log" if is_log else "linear")
@@ -394,8 +392,7 @@ def draw_divergence(
         if not has_same_curves:
             ax.legend(fontsize=7, framealpha=0.8, edgecolor="none")
     if has_same_curves:
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False)
+        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(curves), fontsize=8, frameon=False)
     if is_log:
         limit_height(axes[0], np.concatenate([table.divergence for curves in panels.values() for table in curves.values()]))
     axes[0, 0].set_ylabel("symmetric KL divergence")

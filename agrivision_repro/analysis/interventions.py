@@ -84,7 +84,7 @@ def match_moments(
     gain = to_std / std
     return partial(_apply_affine, gain=gain, offset=to_mean - gain * mean)
 
-
+# %% ../../nbs/44_interventions.ipynb #f159c242
 def apply_to(batches: Stream, *steps: Intervention) -> list:  # of batches like those of `batches`
     "Apply interventions, in order, to the inputs of a stream."
     found = []
@@ -133,7 +133,7 @@ def _stack_inputs(batches: Stream, name: str) -> Tensor:  # `(N, C, H, W)`
         raise ValueError(f"{name} has inputs of {n_sizes} sizes: wanted at least one input, all of one size")
     return torch.cat(images)
 
-
+# %% ../../nbs/44_interventions.ipynb #5431d16c
 def match_amplitude(
     inputs: Stream,  # training inputs of the kind that is changed, all of one size
     reference: Stream,  # training inputs whose amplitudes it gets, of the same size
@@ -151,7 +151,7 @@ def match_amplitude(
     is_low = low_frequencies(own.shape[2], own.shape[3], beta)
     return partial(_apply_amplitude, gain=gain, offset=to_mean - gain * mean, black=black, is_low=is_low)
 
-
+# %% ../../nbs/44_interventions.ipynb #c2c68c58
 def _apply_amplitude(x: Tensor, gain: Tensor, offset: Tensor, black: Tensor, is_low: Tensor) -> Tensor:
     "Change the amplitudes of low frequencies and keep all phases."
     _check_size(x, len(gain))

@@ -139,7 +139,7 @@ def draw_differences(
 # %% ../../nbs/34_significance.ipynb #9e34277e
 LEVEL, POWER = 0.95, 0.8
 
-
+# %% ../../nbs/34_significance.ipynb #8f16f50a
 @dataclass(frozen=True)
 class Effect:
     "An estimate and the parts of its variance."
@@ -235,7 +235,7 @@ def contrast_effect(
     drawn, n = contrast(draw_fields(counts[:, :, classes], n_resamples, np.random.default_rng(seed))).mean(-1), len(counts)
     return combine(contrast(counts.sum(0)[:, classes]), float(drawn.var(ddof=1)) * n / (n - 1), n)
 
-
+# %% ../../nbs/34_significance.ipynb #b000d912
 def paired_effect(
     a: Sequence,  # intersection and union, pixels, one `(N, C, 2)` per seed
     b: Sequence,  # of the same tiles, its seeds in the same order

@@ -34,6 +34,7 @@ _FinishedRun = Annotated[str, typer.Argument(help="A finished run: the first dig
 _Checkpoint = Annotated[str, typer.Option(help="last, or best on the validation tiles.")]
 
 
+_Images = Annotated[list[Path], typer.Argument(metavar="INPUT", help="TIFF, JPEG or PNG files, images/rgb/NAME.jpg, or folders of these.")]
 _MapsFolder = Annotated[Path, typer.Option("--out", "-o", callback=_expand_home, help="Folder of the maps.")]
 
 
@@ -44,9 +45,7 @@ _Submission = Annotated[
 
 def predict(
     model: Annotated[str, typer.Argument(help="The first digits of a run's id, a folder of share, an .onnx, or your own .pt2: it can run code.")],
-    images: Annotated[
-        list[Path], typer.Argument(metavar="INPUT", help="TIFF, JPEG or PNG files, images/rgb/NAME.jpg, or folders of these.")
-    ],
+    images: _Images,
     out: _MapsFolder,
     tta: Annotated[str, typer.Option(help="none, or d4: average over the eight flips and rotations of each window.")] = "none",
     checkpoint: _Checkpoint = "last",

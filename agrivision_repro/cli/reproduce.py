@@ -186,8 +186,7 @@ def reproduce(
 
     names = _choose_tables(tables or [])
     workspace = Workspace(out, data_root, device, precision)
-    common = {"scale": scale, "data": data, "seeds": seeds, **workspace.as_kwargs()}
-    runs, parameters = plan_tables(names, common, parameter or [])
+    runs, parameters = plan_tables(names, {"scale": scale, "data": data, "seeds": seeds, **workspace.as_kwargs()}, parameter or [])
     if scale == "paper" and not ray:
         _check_can_run(runs, workspace)
     _warn_of_replacing(parameters, workspace.report)
@@ -197,8 +196,7 @@ def reproduce(
     results = {name: [] if name in failures else workspace.results(runs[name]) for name in names}
     failures |= run_notebooks({name: own for name, own in parameters.items() if name not in failures}, results, workspace.report)
     print(f"report: {write_report(results, workspace, failures)}")
-    for name, error in failures.items():
-        print(f"agrivision: {name} failed: {error}", file=sys.stderr)
+    print(*(f"agrivision: {name} failed: {error}\n" for name, error in failures.items()), sep="", end="", file=sys.stderr)
     raise typer.Exit(1 if failures else 0)
 
 

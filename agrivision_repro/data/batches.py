@@ -238,7 +238,7 @@ def apply_zoom(
     seen = [zoom_and_shift(image, views, "bilinear"), zoom_and_shift(masks, views, "nearest")]
     return planes.index_copy(0, moved, torch.cat(seen, 1))
 
-
+# %% ../../nbs/16_batches.ipynb #eac96626
 def copy_beside(
     x: Tensor,  # on the CPU
     device: torch.device | str,
@@ -257,7 +257,7 @@ def copy_beside(
 
 _copy_stream = lru_cache(torch.cuda.Stream)  # one per device
 
-
+# %% ../../nbs/16_batches.ipynb #9c5b5efd
 def make_batch(
     samples: Sample,  # with a leading axis B
     channels: str,  # a key of `CHANNELS`

@@ -184,6 +184,8 @@ class Edition:
 # %% ../../nbs/11_editions.ipynb #cell-28
 COPY_FROM = "aws s3 cp --no-sign-request --recursive s3://intelinair-data-releases/agriculture-vision"
 AGRIVISION_CREDIT = "Agriculture-Vision (Chiu et al. 2020), non-commercial research, not redistributed"
+
+# %% ../../nbs/11_editions.ipynb #3295d88e
 EDITIONS = {
     e.name: e
     for e in (

@@ -222,7 +222,7 @@ class _ZeroBatchNorm2d(nn.BatchNorm2d):
         if self.track_running_stats:
             self.running_var.zero_()
 
-
+# %% ../../nbs/20_norms.ipynb #75a3b6de
 class SwitchNorm2d(LeafNorm2d):
     "Normalize by a learned blend of instance, layer and batch moments (Luo et al. 2019)."
 

@@ -39,7 +39,7 @@ class Scale:
         "Return the recipe for a data set."
         return replace(self.recipe, **self.tuned.get(data, {}))
 
-
+# %% ../../nbs/60_runs.ipynb #54df77f2
 SCALES = {
     "smoke": Scale(  # seconds: checks that everything runs; nothing is learned
         Recipe(

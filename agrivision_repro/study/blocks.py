@@ -264,8 +264,7 @@ def draw_blocks(
     own = box + GAP + max(box_width(p.identity) for p in paths.values())
     pitch = max(width / len(paths), own + 0.5)
     figure = plt.figure(figsize=(pitch * len(paths), TOP + ROW * max(map(len, columns)) + 0.62), dpi=100)
-    ax = figure.add_axes((0, 0, 1, 1))
-    ax.set(xlim=(0, figure.get_figwidth()), ylim=(figure.get_figheight(), 0))
+    ax = figure.add_axes((0, 0, 1, 1), xlim=(0, figure.get_figwidth()), ylim=(figure.get_figheight(), 0))
     ax.axis("off")
     for k, ((title, p), column) in enumerate(zip(paths.items(), columns, strict=True)):
         new = find_new(blocks[title], blocks[first])

@@ -362,7 +362,7 @@ def link_tables(key: str, table: str) -> str:
     shown = [name for name in (table, "section7" * (key in ANSWERED)) if name]
     return ", ".join(f"[{TITLES[name]}](../index.html#{name})" for name in shown) or "–"
 
-
+# %% ../../nbs/74_claims.ipynb #12cfe76a
 def claims_table(
     judged: pd.DataFrame,  # of `judge_claims`
     results: Sequence[Result],

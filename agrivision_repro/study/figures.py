@@ -186,7 +186,7 @@ def run_switch_weights(result: Result) -> pd.DataFrame:  # of `switch_weights`
         replace_file(path, lambda fresh: table.to_csv(fresh, index=False))
     return pd.read_csv(path)
 
-
+# %% ../../nbs/68_figures.ipynb #0c02a743
 def draw_switch_weights(
     results: Sequence[Result],  # those with IBN-s are drawn, seeds averaged
 ) -> Figure:

@@ -79,7 +79,7 @@ def choose_recipes(
 # %% ../../nbs/50_schedule.ipynb #cell-14
 MARKS = {"^": "end of the warm-up", "o": "end of the constant phase", "s": "last iteration"}
 
-
+# %% ../../nbs/50_schedule.ipynb #49f1b338
 def draw_learning_rates(
     recipes: Mapping[str, Recipe],
     tail: int = 500,  # iterations before the end of each decay, shown in the right panel
