@@ -133,7 +133,7 @@ def bootstrap(
 ) -> tuple[float, float]:  # lower and upper end; NaN for a single place
     "Compute a 95 % interval of a layer's divergence by the basic bootstrap of its logarithm."
     weights = draw_places(places, n_resamples, torch.Generator().manual_seed(seed))
-    limits = [(1e-9 * resampled_moments(x, torch.ones(1, len(x)))[1]).clamp(min=eps) for x in (a, b)]  # dead in a resample: no variance
+    limits = [(1e-9 * resampled_moments(x, torch.ones(1, len(x)))[1]).clamp(min=eps) for x in (a, b)]  # at or below: dead in that resample
     moments = [resampled_moments(x, w) for x, w in zip((a, b), weights, strict=True)]
     drawn = average_alive(*moments[0], *moments[1], *limits)[0]
     low, high = torch.nanquantile(drawn, torch.tensor([0.025, 0.975]).double()).tolist()
