@@ -93,7 +93,7 @@ def _destroy_process_group() -> None:
 runs_app = typer.Typer(help="List runs; show one, compare several, rescore one.", invoke_without_command=True)
 
 
-_Results = Annotated[str, typer.Option("--out", "--results", help="Folder of all results.")]
+_Results = Annotated[str, typer.Option("--out", "--results", help="Folder of all results. Default: out.")]
 
 
 _RunId = Annotated[str, typer.Argument(help="The first digits of the run's id.")]
@@ -107,12 +107,17 @@ def runs(context: typer.Context, out: _Results = "out"):
         list_all(context, out)
 
 
+def _folder(context: typer.Context, out: str) -> Path:
+    "Return the folder of all results, which may be named before or after the name of the command."
+    return Path(out).expanduser() if out else context.obj
+
+
 @runs_app.command("list")
 def list_all(context: typer.Context, out: _Results = ""):
     "Print all runs; `agrivision runs` alone does so, too."
     from agrivision_repro.runs.listing import list_runs
 
-    folder = Path(out).expanduser() if out else context.obj
+    folder = _folder(context, out)
     table = list_runs(folder)
     print(_format_runs(table, folder) if len(table) else f"no runs in {folder}: make some with agrivision train or agrivision reproduce")
 
@@ -143,21 +148,26 @@ def _format_comparison(
 
 
 @runs_app.command("show")
-def show_one(context: typer.Context, run: _RunId):
+def show_one(context: typer.Context, run: _RunId, out: _Results = ""):
     "Print everything recorded about one run."
     from agrivision_repro.runs.listing import show_run
     from agrivision_repro.runs.store import find_run
 
-    print(*(_fill(f"{name}: {value}", "    ", "") for name, value in show_run(find_run(context.obj, run)).items()), sep="\n")
+    print(*(_fill(f"{name}: {value}", "    ", "") for name, value in show_run(find_run(_folder(context, out), run)).items()), sep="\n")
 
 
 @runs_app.command()
-def compare(context: typer.Context, runs: Annotated[list[str], typer.Argument(help="The first digits of two or more ids.")]):
+def compare(
+    context: typer.Context,
+    runs: Annotated[list[str], typer.Argument(help="The first digits of two or more ids.")],
+    out: _Results = "",
+):
     "Print the fields in which runs differ, and their scores, side by side."
     from agrivision_repro.runs.listing import compare_runs
     from agrivision_repro.runs.store import find_run
 
-    print(_format_comparison(compare_runs([find_run(context.obj, run) for run in runs])))
+    folder = _folder(context, out)
+    print(_format_comparison(compare_runs([find_run(folder, run) for run in runs])))
 
 
 @runs_app.command()
@@ -166,6 +176,7 @@ def score(
     run: _RunId,
     tta: Annotated[str, typer.Option(help="none, or d4: average over the eight flips and rotations of each tile.")] = "none",
     checkpoint: Annotated[str, typer.Option(help="last, or best on the validation tiles.")] = "last",
+    out: _Results = "",
     data_root: DataRoot = "",
     device: Device = "auto",
     precision: Precision = "auto",
@@ -174,8 +185,9 @@ def score(
     from agrivision_repro.runs.store import find_run
     from agrivision_repro.runs.workspace import Workspace, score_again
 
-    folder = find_run(context.obj, run)
-    scores, before = score_again(folder, Workspace(context.obj, data_root, device, precision), checkpoint, tta), folder.result().scores
+    results = _folder(context, out)
+    folder = find_run(results, run)
+    scores, before = score_again(folder, Workspace(results, data_root, device, precision), checkpoint, tta), folder.result().scores
     print(f"{folder.name}  {folder.run().title}", f"{checkpoint} weights, augmentation {tta} (was: last weights, none)", sep="\n")
     print(*(_format_means(channels, by_metric, before[channels]) for channels, by_metric in scores.items()), sep="\n")
     print(f"saved as {folder.more_scores(checkpoint, tta)}")

@@ -92,7 +92,8 @@ def test_the_hints_name_the_folder_unless_it_is_the_default(tmp_path, command, m
         monkeypatch.chdir(folder_now)
         code, text, _ = command("--out", "~/out")
         assert code == 0 and text.endswith(f"\nnext: agrivision runs{where} show ID\nor:   agrivision runs{where} compare ID ID\n")
-    assert command("--out", "~/out", "show", folder.name[:3])[0] == 0
+    shown = command("--out", "~/out", "show", folder.name[:3])
+    assert shown[0] == 0 and command("show", folder.name[:3], "--out", "~/out") == shown
 
 
 def test_scores_have_one_unit_and_the_names_of_the_tables(tmp_path):
