@@ -1,7 +1,8 @@
 """One complete training step of DeepLabV3+ ResNet-101: python benchmarks/network.py
 
 Forward, loss, backward and optimizer step on 2 tiles of 256 pixels, four channels, seven classes. "plain" is float32, NCHW, eager;
-"default" is the precision and memory layout that the project trains with on this device.
+"default" is the precision and memory layout that the project trains with on this device;
+"nn.InstanceNorm2d" is IBN-b with PyTorch's instance norm, whose output is NCHW whatever its input.
 """
 
 from __future__ import annotations
@@ -43,6 +44,14 @@ def training_step(model: nn.Module, is_default: bool = False):
     return run
 
 
+def with_torch_instance_norm(model: nn.Module) -> nn.Module:
+    "Let a model's instance norms forget their input's layout, as PyTorch's do."
+    for module in model.modules():
+        if isinstance(module, nn.InstanceNorm2d):
+            module._forward_hooks.clear()
+    return model
+
+
 if __name__ == "__main__":
     given = set_up(__doc__)
     models = {norm: DeepLabV3Plus(N_CLASSES, 101, norm) for norm in NORMS}
@@ -57,3 +66,7 @@ if __name__ == "__main__":
     ways = {"ibn_s, plain": training_step(models["ibn_s"]), "ibn_s, default": training_step(DeepLabV3Plus(N_CLASSES, 101, "ibn_s"), True)}
     default = f"default: channels_last, {'bfloat16' if has_bf16(torch.get_default_device()) else 'float32 (no bfloat16 units here)'}"
     show(given, default, table_of(alternate(ways, given.rounds, warm_up=1), "ibn_s, plain"))
+
+    ours, torchs = (DeepLabV3Plus(N_CLASSES, 101, "ibn_b") for _ in range(2))
+    ways = {"ibn_b, ours": training_step(ours, True), "ibn_b, nn.InstanceNorm2d": training_step(with_torch_instance_norm(torchs), True)}
+    show(given, f"IBN-b, {default}", table_of(alternate(ways, given.rounds, warm_up=1), "ibn_b, nn.InstanceNorm2d"))

@@ -50,7 +50,8 @@ def _open_entries(path: Path) -> Iterator[list[tuple[str, Callable[[], bytes]]]]
         yield [(p.relative_to(path).as_posix() + "/" * p.is_dir(), partial(_read_some, partial(p.open, "rb"))) for p in files]
         return
     with zipfile.ZipFile(path) as archive:
-        yield [(info.filename, partial(_read_some, partial(archive.open, info))) for info in archive.infolist()]
+        entries = {info: info.filename or "(an entry without a name)" for info in archive.infolist()}
+        yield [(name, partial(_read_some, partial(archive.open, info))) for info, name in entries.items()]
 
 
 def _read_some(opener: Callable) -> bytes:

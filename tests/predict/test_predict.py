@@ -555,6 +555,13 @@ def test_sizes_come_from_the_test_set(test_set):
         tile_sizes("naip-trees", test_set.parent)
 
 
+def test_an_entry_without_a_name_is_named(tmp_path):
+    path = lay_out(tmp_path / "upload.zip", {"A_0.png": good(size=(20, 30))})
+    path.write_bytes(path.read_bytes().replace(b"A_0.png", bytes(7)))
+    (fault,) = check_submission(path)
+    assert str(fault) == "extra: '(an entry without a name)' is not named NAME.png: remove or rename it"
+
+
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
