@@ -1,4 +1,4 @@
-"""Choices, files that are written whole, JSON, processes and signals: what every other room uses."""
+"""Choices, files that are written whole, JSON, processes and signals: what all other modules use."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def notes_stream() -> TextIO:
 
 
 def how_to_install(extra: str) -> str:
-    "Return the commands that install this package with an extra, which is on no package index."
+    "Return the commands that install this package, which is on no package index, with an extra."
     return f"pip install '.[{extra}]' in the checkout, or 'agrivision_repro-{__version__}-py3-none-any.whl[{extra}]'"
 
 

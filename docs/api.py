@@ -7,6 +7,7 @@ import re
 import tokenize
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from conf import SETTINGS
@@ -79,12 +80,23 @@ def definitions(tree: ast.Module) -> dict[str, ast.stmt]:
             found[node.name] = node
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            found |= {name.id: node for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+            names = [name for target in targets for name in (target.elts if isinstance(target, ast.Tuple) else [target])]
+            found |= {name.id: node for name in names if isinstance(name, ast.Name)}
     return found
 
 
+@cache
+def option_types() -> dict[str, ast.expr]:  # name → `Annotated[…]`
+    "Read the types of the command's options, which several commands share."
+    defined = [item for path in (PACKAGE / "cli").glob("*.py") for item in definitions(ast.parse(path.read_text(encoding="utf-8"))).items()]
+    return {name: node.value for name, node in defined if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("Annotated[")}
+
+
 class DropAnnotated(ast.NodeTransformer):
-    "`Annotated[X, …]` → `X`."
+    "`Annotated[X, …]`, or its name → `X`."
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return self.visit(option_types()[node.id]) if node.id in option_types() else node
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
         self.generic_visit(node)
@@ -102,6 +114,7 @@ def code(node: ast.AST | None) -> str:
 
 def help_text(annotation: ast.AST | None) -> str:
     "Return the help text of a command-line option, or an empty string."
+    annotation = option_types().get(annotation.id, annotation) if isinstance(annotation, ast.Name) else annotation
     keywords = [n for n in ast.walk(annotation) if isinstance(n, ast.keyword) and n.arg == "help"] if annotation else []
     return " ".join(str(n.value.value) for n in keywords if isinstance(n.value, ast.Constant))
 
@@ -116,7 +129,7 @@ def read_parameters(function: ast.FunctionDef, comments: dict[int, str], is_meth
     rows += list(zip(a.kwonlyargs, a.kw_defaults, [""] * len(a.kwonlyargs), strict=True))
     rows += [(a.kwarg, None, "**")] if a.kwarg else []
     lines = {(default or arg).end_lineno: arg.arg for arg, default, _ in rows}
-    own = {name: comments.get(line, "") for line, name in lines.items() if line != header_end(function)}
+    own = {name: comments.get(line, "") for line, name in lines.items() if line != header_end(function) or code(function.returns) == "None"}
     return [
         Parameter(stars + arg.arg, code(arg.annotation), code(default), own.get(arg.arg) or help_text(arg.annotation))
         for arg, default, stars in rows
@@ -139,9 +152,9 @@ def decorators(node: ast.FunctionDef | ast.ClassDef) -> list[str]:
 
 
 def text_of(markdown: str) -> str:
-    "Escape angle brackets, dollar signs and square brackets in a comment; leave code unchanged."
-    parts = re.split(r"(`[^`]*`)", " ".join(markdown.split()))
-    return "".join(p if p.startswith("`") else re.sub(r"([<$\[\]])", r"\\\1", p) for p in parts)
+    "Escape angle brackets, dollar signs, powers and square brackets in a comment; leave code unchanged."
+    parts = re.split(r"(`[^`]*`)", re.sub(r'(?<!`)""(?!")', '`""`', " ".join(markdown.split())))
+    return "".join(p if p.startswith("`") else re.sub(r"([<$\[\]]|(?<=\w)\*\*(?=\w))", r"\\\1", p) for p in parts)
 
 
 def parameter_table(parameters: list[Parameter]) -> list[str]:
@@ -168,7 +181,7 @@ def function_entry(node: ast.FunctionDef, comments: dict[int, str], source_link:
     lines += [f":{mark}:" for mark in marks if mark in ("staticmethod", "classmethod")]
     lines += [f":type: {json.dumps(code(node.returns))}"] if is_property and node.returns else []
     lines += ["", *docstring(node), source_link, "", *([] if is_property else parameter_table(parameters))]
-    comment = text_of(comments.get(header_end(node), ""))
+    comment = "" if code(node.returns) == "None" else text_of(comments.get(header_end(node), ""))
     lines += [f"**Returns** {f'`{code(node.returns)}`: ' if node.returns else ''}{comment}", ""] if comment else []
     return [*lines, "::::", ""]
 
@@ -198,13 +211,18 @@ def field_argument(p: Parameter) -> str:
 
 
 def constant_entry(name: str, node: ast.Assign | ast.AnnAssign, comments: dict[int, str], source_link: str) -> list[str]:
-    "Describe a constant: its value if short, and the comment beside it."
-    is_alone = isinstance(node, ast.AnnAssign) or ast.unparse(node.targets[0]) == name
-    value = code(node.value) if node.value and is_alone else ""
+    "Describe a constant: its value if short, and the comment beside it; of several on a line, the parts of both that belong to it."
+    comment, value = comments.get(node.end_lineno) or comments.get(node.lineno) or help_text(node.value), node.value
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple):
+        names = [ast.unparse(target) for target in node.targets[0].elts]
+        parts, values = comment.split("; "), getattr(value, "elts", [])
+        comment = parts[names.index(name)] if len(parts) == len(names) else comment
+        value = values[names.index(name)] if len(values) == len(names) else None
+    value = code(value)
     lines = [f":::{{py:data}} {name}"]
     lines += [f":type: {json.dumps(code(node.annotation))}"] if isinstance(node, ast.AnnAssign) else []
     lines += [f":value: {json.dumps(value, ensure_ascii=False)}"] if 0 < len(value) <= LONGEST_VALUE else []
-    return [*lines, "", text_of(comments.get(node.end_lineno, "")), "", source_link, "", ":::", ""]
+    return [*lines, "", text_of(comment), "", source_link, "", ":::", ""]
 
 
 def entry(name: str, node: ast.stmt, module: Module, comments: dict[int, str]) -> list[str]:

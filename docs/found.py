@@ -24,7 +24,7 @@ load_logs = cache(read_logs)
 def count(counts: dict[str, int], short: int = 0) -> str:
     "Format the values of a record and, if there are several, how many runs have each."
     names = {name: name[: short or None] for name in counts}
-    return ", ".join(names[name] + f" ({n} runs)" * (len(counts) > 1) for name, n in counts.items())
+    return ", ".join(names[name] + f" ({n} {'runs' if n > 1 else 'run'})" * (len(counts) > 1) for name, n in counts.items())
 
 
 def spell_time(seconds: float) -> str:

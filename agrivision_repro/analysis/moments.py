@@ -169,7 +169,7 @@ class MeanStream(PixelStream):
         self.open = groups[:, n_full:]
         return self.mean_of(groups[:, :n_full])
 
-    def mean_of(self, groups: Tensor) -> Moments:  # counts and distances, `(2, K, C)`
+    def mean_of(self, groups: Tensor) -> Moments:  # of counts and distances, `(2, K, C)`
         count, distance = groups
         return Moments(count, self.origin + distance / count.clamp(min=1), count)
 

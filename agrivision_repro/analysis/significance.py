@@ -21,7 +21,8 @@ from .divergence import draw_weights
 __all__ = ['WEIGHTS_AT_ONCE', 'LEVEL', 'POWER', 'AGREES', 'DISAGREES', 'NO_EFFECT', 'UNDECIDED', 'NOT_JUDGED', 'MIN_SEEDS',
            'RATIO_MARGIN', 'resample_iou', 'gains', 'stack_seeds', 'sum_groups', 'Comparison', 'paired_bootstrap',
            'draw_differences', 'Effect', 'combine', 'draw_fields', 'contrast_effect', 'paired_effect', 'judge',
-           'format_points', 'format_factor', 'log_ratio', 'depth_contrast', 'holm', 'judge_all', 'simulate_nets']
+           'format_point', 'format_ratio', 'format_points', 'format_factor', 'log_ratio', 'depth_contrast', 'holm',
+           'judge_all', 'simulate_nets']
 
 # %% ../../nbs/34_significance.ipynb #cell-05
 WEIGHTS_AT_ONCE = 2**20  # 8 MB in float64 for any number of tiles
@@ -137,7 +138,7 @@ def draw_differences(
     return fig
 
 # %% ../../nbs/34_significance.ipynb #9e34277e
-LEVEL, POWER = 0.95, 0.8
+LEVEL, POWER = 0.95, 0.8  # of intervals; of the detectable effect: the share of cases in which it is found
 
 # %% ../../nbs/34_significance.ipynb #8f16f50a
 @dataclass(frozen=True)
@@ -248,7 +249,7 @@ def paired_effect(
 
 # %% ../../nbs/34_significance.ipynb #6cea984d
 AGREES, DISAGREES, NO_EFFECT, UNDECIDED, NOT_JUDGED = "agrees", "disagrees", "no effect of a point or more", "undecided", "not judged"
-MIN_SEEDS = 3
+MIN_SEEDS = 3  # with fewer, nothing is judged
 
 
 def judge(
@@ -269,15 +270,29 @@ def judge(
     return NO_EFFECT if is_small else UNDECIDED
 
 # %% ../../nbs/34_significance.ipynb #format-code
+def format_point(x: float) -> str:
+    "Format points with one decimal, or with two if one would leave only zeros."
+    if abs(x) < 0.005:
+        return "+0.0"
+    return f"{x:+.2f}" if abs(x) < 0.05 else f"{x:+.1f}"
+
+
+def format_ratio(x: float) -> str:
+    "Format a positive factor with two digits; from 100 to a million, with all that stand before the decimal point."
+    if x >= 1e6:
+        return f"{x:.1e}"
+    return f"{x:,.0f}" if x >= 100 else f"{x:#.2g}".rstrip(".")
+
+
 def format_points(effect: Effect) -> str:
     "Format an effect in points with its interval."
-    point, low, high = (f"{round(x, 1) + 0:+.1f}" for x in (effect.estimate, *effect.interval()))  # + 0: no negative zero
+    point, low, high = map(format_point, (effect.estimate, *effect.interval()))
     return point + (f" ({low} to {high})" if effect.n_seeds > 1 else "")
 
 
 def format_factor(effect: Effect) -> str:
     "Format an effect on a logarithm as a factor with its interval."
-    factor, low, high = (f"{x:,.0f}" if x >= 100 else f"{x:#.2g}".rstrip(".") for x in np.exp([effect.estimate, *effect.interval()]))
+    factor, low, high = map(format_ratio, np.exp([effect.estimate, *effect.interval()]))
     return f"×{factor}" + (f" ({low} to {high})" if effect.n_seeds > 1 else "")
 
 # %% ../../nbs/34_significance.ipynb #290cdb37

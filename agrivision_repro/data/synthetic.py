@@ -87,7 +87,7 @@ def lay(
 # %% ../../nbs/12_synthetic.ipynb #cell-16
 HAZE = np.array([0.004, 0.01, 0.028, 0.0], np.float32)[:, None, None]  # light that the air scatters into the lens
 GAIN = np.array([3.6, 3.25, 4.5, 0.97], np.float32)[:, None, None]  # white balance; NIR has its own exposure
-SHOT_NOISE, READ_NOISE = 0.012, 0.004  # of the square root of the signal, and of full scale
+SHOT_NOISE, READ_NOISE = 0.012, 0.004  # of the square root of the signal; of full scale
 
 
 def photograph(

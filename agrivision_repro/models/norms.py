@@ -231,7 +231,7 @@ class SwitchNorm2d(LeafNorm2d):
         num_features: int,  # C
         eps: float = 1e-5,  # added to the variance
         *,
-        statistics: str = "in+ln+bn",  # a key of `STATISTICS`: the authors' code; "in+bn" is the paper's wording
+        statistics: str = "in+ln+bn",  # a key of `STATISTICS`; the default is what the authors' code does, "in+bn" what the paper says
         momentum: float = 0.9,  # weight of the *old* running statistics, as in the public SN; `BN.momentum` is that of the new ones
         sync: bool = False,  # pool batch moments over all processes
     ):

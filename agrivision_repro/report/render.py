@@ -85,6 +85,7 @@ def html_table(
     table = table.rename_axis(index=[name or None for name in table.index.names])  # an empty name would be an empty row
     html = re.sub(r"<td>(?=[^<]{41})", '<td class="sentence">', table.to_html(border=0, escape=True))
     html = re.sub(r"(?<=\d) (%|(±|to) (?=[-+\d]))", lambda m: m[0].replace(" ", "\N{NO-BREAK SPACE}"), html)  # a number with its spread
+    html = re.sub(r"(?<=\de)-(?=\d)", "\N{NON-BREAKING HYPHEN}", html).replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
     html = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", html)
     html = re.sub(r"\[([^\]]+)\]\((\S+?)\)", r'<a href="\2">\1</a>', html)
     html = html.replace(">", f"><caption>{escape(caption)}</caption>", 1) if caption else html

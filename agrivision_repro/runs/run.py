@@ -40,7 +40,7 @@ class Scale:
         return replace(self.recipe, **self.tuned.get(data, {}))
 
 # %% ../../nbs/60_runs.ipynb #54df77f2
-SCALES = {
+SCALES = {  # name → recipes and synthetic farmland
     "smoke": Scale(  # seconds: checks that everything runs; nothing is learned
         Recipe(
             1, 3, 6, lr=0.03, batch_size=4, crop=32, width=1 / 16, pretrained=False,
@@ -116,7 +116,7 @@ class Run:
     output_stride: int = 16
     multigrid: bool = True  # dilate layer 4's blocks by 1, 2 and 4 times the rest
     sync_switch: bool = False  # with several processes, compute SwitchNorm's batch moments over all of them
-    shared_places: str = "train"  # the split without the tiles of places in both, `val` or `train`; "keep": neither
+    shared_places: str = "train"  # the split that leaves out the tiles of places in both: `val` or `train`; "keep": none does
     seed: int = 0
     intervention: str = ""  # what is changed in training: a name of `interventions.INTERVENTIONS`, with a strength, such as `invert(0.5)`
 

@@ -173,10 +173,12 @@ def paper_blocks(
 COLORS = dict(zip(("IN", "LN", "BN", "SwitchNorm"), CURVE_COLORS, strict=False)) | {"conv": "0.45"}
 
 
-MEANING = {"IN": "instance norm", "BN": "batch norm", "SwitchNorm": "switchable norm, a learned mix", "conv": "convolution"}
+MEANING = {  # for the legend
+    "IN": "instance norm", "BN": "batch norm", "SwitchNorm": "switchable norm, a learned mix", "conv": "convolution",
+}
 
 
-ROW, TOP, BOX, GAP = 0.41, 0.74, 0.27, 0.28  # inches: row height, top of the rows, box height, from a box to the identity path
+ROW, TOP, BOX, GAP = 0.41, 0.74, 0.27, 0.28  # row height, inches; top of the rows, inches; box height, inches; box to identity, inches
 
 
 def box_width(steps: Sequence[Step]) -> float:  # inches

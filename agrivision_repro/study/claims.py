@@ -26,6 +26,7 @@ from agrivision_repro.analysis.significance import (
     depth_contrast,
     format_factor,
     format_points,
+    format_ratio,
     holm,
     judge,
     judge_all,
@@ -51,11 +52,11 @@ __all__ = ['UNTESTED', 'FIG2', 'TABLE_1', 'TWO', 'THREE', 'NO_RATIO', 'NO_SHARE'
 
 # %% ../../nbs/74_claims.ipynb #cell-05
 UNTESTED = "not tested"
-FIG2, TABLE_1, TWO, THREE = "fig2_divergence", "table1_modality", "table2_backbones", "table3_losses"
+FIG2, TABLE_1, TWO, THREE = "fig2_divergence", "table1_modality", "table2_backbones", "table3_losses"  # keys of `tables.TABLES`
 NO_RATIO, NO_SHARE = "no effect of a quarter or more", "no effect of five points or more"  # `NO_EFFECT` of ratios and of shares of layers
 FALL = {"sign": -1, "margin": RATIO_MARGIN, "size": RATIO_MARGIN, "none": NO_RATIO}  # a fifth less, or more
 RISE = FALL | {"sign": 1}
-HUGE_DECAY, HUGE_DIVERGENCE = 8.0, 4.0  # points; symmetric KL divergence
+HUGE_DECAY, HUGE_DIVERGENCE = 8.0, 4.0  # "huge" in points of mIoU; "huge" in symmetric KL divergence
 
 
 class Finding(NamedTuple):
@@ -108,10 +109,10 @@ def find(
     shown = ", ".join(f"{text[0]} {name}".strip() for name, text in texts.items())
     intervals = "; ".join(text[2].rstrip(")") for text in texts.values() if text[2]) or "–"
     detectable = max(e.detectable for e in effects.values())
-    limit = (f"×{np.exp(detectable):.2f}" if form is format_factor else f"{detectable:.1f}") if detectable == detectable else "–"
+    limit = f"×{format_ratio(np.exp(detectable))}" if form is format_factor else f"{detectable:.1f}"
     n = min(e.n_seeds for e in effects.values())
     rule, p = format_rule(form, sign, beyond, size), p_value(tested, verdict, sign)
-    return Finding(f"{what}: {shown}", verdict, intervals, rule, n, limit, p, table, lost)
+    return Finding(f"{what}: {shown}", verdict, intervals, rule, n, limit if np.isfinite(detectable) else "–", p, table, lost)
 
 # %% ../../nbs/74_claims.ipynb #cell-08
 class Evidence:
@@ -322,7 +323,7 @@ JUDGES |= {
 
 # %% ../../nbs/74_claims.ipynb #judges-3
 SAME = {"naive_fusion": "gain_over_resnet", "bad_ce": "dice_gain"}  # claim → the claim with the same comparison
-BEYOND = {
+BEYOND = {  # claim that is not tested → why
     "test_score": "the test set's labels are not published",
     "test_gain": "the test set's labels are not published; the validation half is ibn_gain",
     "dice_smooth": "no run minimizes negative IoU; by calculation, both gradients have the same direction (00_paper)",

@@ -135,13 +135,13 @@ def compare_rows(
     return tabulate_gains({(a, b): score_gain(rows[a], rows[b], workspace) for a, b in pairs})
 
 
-BACKBONE_PAIRS = tuple(
+BACKBONE_PAIRS = tuple(  # rows of Table 2: the one that the paper calls better, and the other
     (f"IBN-Net{depth}-{norm}", other) for depth in (50, 101) for norm, other in
     (("a", f"ResNet{depth}"), ("b", f"ResNet{depth}"), ("s", f"ResNet{depth}"), ("s", f"IBN-Net{depth}-a"))
 ) + tuple((net, f"+ {net}, {light}") for net, light in (
     ("IBN-Net101-s", "RGB with red repeated"), ("IBN-Net101-s", "RGB"), ("IBN-Net101-s", "NIR"), ("ResNet101", "RGB")
 ))  # fmt: skip
-LOSS_PAIRS = (
+LOSS_PAIRS = (  # rows of Table 3: the one that the paper calls better, and the other
     ("λ1 = 1, λ2 = 0", "λ1 = 0, λ2 = 0"), ("λ1 = 0, λ2 = 1", "λ1 = 0, λ2 = 0"), ("λ1 = 1, λ2 = 1", "λ1 = 0, λ2 = 0"),
     ("λ1 = 1, λ2 = 1", "λ1 = 1, λ2 = 0"), ("λ1 = 1, λ2 = 1", "λ1 = 0, λ2 = 1"),
     ("+ IBN-Net101-s, λ1 = 1, λ2 = 1", "λ1 = 1, λ2 = 1"),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from agrivision_repro.analysis.significance import Effect, judge, paired_effect
+from agrivision_repro.analysis.significance import Effect, format_point, judge, paired_effect
 from agrivision_repro.runs.run import Run
 from agrivision_repro.runs.store import Result
 from agrivision_repro.runs.workspace import Workspace
@@ -39,15 +39,19 @@ def tabulate_gains(
     return pd.DataFrame(rows, columns=["of", "against", "difference", "low", "high", "n", "detectable", "verdict"])
 
 
+def format_interval(low: float, high: float) -> str:
+    "Format an interval in points; NaN: there is none."
+    return f"{format_point(low)} to {format_point(high)}" if np.isfinite(low) else "–"
+
+
 def format_gains(
     gains: pd.DataFrame,  # of `tabulate_gains`
 ) -> pd.DataFrame:  # text cells
     "Format differences; without an interval for a single seed."
-    ends = [f"{low:+.1f} to {high:+.1f}" if np.isfinite(low) else "–" for low, high in zip(gains.low, gains.high, strict=True)]
     return pd.DataFrame({
-        "difference, points": [f"{d:+.1f}" for d in gains.difference],
-        "95 % interval": ends,
+        "difference, points": gains.difference.map(format_point).tolist(),
+        "95 % interval": list(map(format_interval, gains.low, gains.high)),
         "seeds": gains.n.astype(str).tolist(),
         "detectable": [f"{d:.1f}" if np.isfinite(d) else "–" for d in gains.detectable],
         "verdict": gains.verdict.tolist(),
-    }, index=gains["of"] + " against " + gains["against"])  # fmt: skip
+    }, index=gains["of"].str.removeprefix("+ ") + " against " + gains["against"].str.removeprefix("+ "))  # fmt: skip

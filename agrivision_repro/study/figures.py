@@ -147,7 +147,7 @@ def figure2_table(
             ratio = format_factor(log_ratio(resnet.to_numpy(), rows["median"].to_numpy())) if is_compared else "–"
             below = f"{rows.below.mean():.0f} of {rows.layers.iloc[0]}" if is_compared else "–"
             cells = (format_median(rows["median"]), ratio, below, str(len(rows)))
-            for column, cell in zip(("median", "/ ResNet", "layers below ResNet", "seeds"), cells, strict=True):
+            for column, cell in zip(("median", "factor to ResNet", "layers below ResNet", "seeds"), cells, strict=True):
                 columns.setdefault(f"{title}, {column}", {})[backbone_label("", norm)] = cell
     return pd.DataFrame(columns)
 

@@ -14,7 +14,7 @@ from agrivision_repro.analysis.significance import AGREES, DISAGREES, NO_EFFECT,
 from agrivision_repro.study.claims import NO_RATIO, NO_SHARE, UNTESTED
 
 ALONE = ", alone"  # a verdict that Holm's adjustment for the number of claims turns into "undecided"
-VERDICT_COLORS = {
+VERDICT_COLORS = {  # verdict → color of its cell
     AGREES: "#009e73", DISAGREES: "#d55e00", NO_EFFECT: "#56b4e9", NO_RATIO: "#56b4e9", NO_SHARE: "#56b4e9", AGREES + ALONE: "#a6dcc9", DISAGREES + ALONE: "#f2c6a3",
     UNDECIDED: "#e0e0e0", NOT_JUDGED: "#f4f4f4", UNTESTED: "white",
 }  # fmt: skip

@@ -21,7 +21,7 @@ TABLE1 = pd.DataFrame(
 TABLE1_DECAY = {"rgb": 27.76, "nir3": 20.83}  # as printed, mIoU points
 
 # %% ../../nbs/00_paper.ipynb #cell-08
-CLASSES = ("background", "cloud_shadow", "double_plant", "planter_skip", "standing_water", "waterway", "weed_cluster")
+CLASSES = ("background", "cloud_shadow", "double_plant", "planter_skip", "standing_water", "waterway", "weed_cluster")  # of Tables 2, 3
 TABLE2 = pd.DataFrame.from_dict(
     {
         (50, "bn"): (79.95, 45.75, 36.98, 1.18, 59.67, 58.03, 48.58, 47.16),
@@ -53,7 +53,7 @@ TABLE3 = pd.DataFrame.from_dict(
 TABLE3.index = pd.MultiIndex.from_tuples(TABLE3.index, names=["lambda1", "lambda2"])
 
 # %% ../../nbs/00_paper.ipynb #cell-14
-SCHEDULE = {
+SCHEDULE = {  # of the paper's section 5
     "warmup": 1_000, "constant": 7_000, "decay": 17_000, "lr": 0.01, "power": 0.9,
     "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 32,
 }  # fmt: skip
@@ -69,7 +69,7 @@ class Claim:
     printed: float | None = None  # the claimed number, % or points of mIoU; None: a direction only
 
 
-CLAIMS_1 = (
+CLAIMS_1 = (  # of the abstract and section 1
     Claim("naive_fusion", "abstract", "naively combining different modalities together […] can lead to sub-optimal results"),
     Claim("less_divergence", "abstract", "our model can greatly reduce the divergence between RGB and near-infrared channels"),
     Claim("nearly_10", "abstract", "our model achieves nearly 10% improvements in mean IoU over previously published baseline", 10),
@@ -81,7 +81,7 @@ CLAIMS_1 = (
 )
 
 # %% ../../nbs/00_paper.ipynb #claims-2-3
-CLAIMS_2_3 = (
+CLAIMS_2_3 = (  # of sections 2 and 3
     Claim("huge_divergence", "§2", "Appearance difference between RGB and NIR images can cause huge feature divergence"),
     Claim("bad_generalization", "§2", "huge feature divergence which results in bad cross-modality generalization"),
     Claim("decay_rgb", "§2, Table 1", "reduce the performance by a huge margin [trained on RGB]", 27.76),
@@ -98,7 +98,7 @@ CLAIMS_2_3 = (
 )
 
 # %% ../../nbs/00_paper.ipynb #claims-4-7
-CLAIMS_4_7 = (
+CLAIMS_4_7 = (  # of sections 4 to 7
     Claim("slow_ce", "§4", "the regular cross-entropy loss […] results in slow convergence"),
     Claim("bad_ce", "§4", "the regular cross-entropy loss […] results in […] bad performance"),
     Claim("dice_smooth", "§4", "[Dice] has a smoother gradient than using negative IoU as loss function"),
@@ -139,7 +139,7 @@ abstract | Together with a hybrid loss | nearly_10
 §1 | In our experiments, we found | figure2
 §1 | The IBN-Net incorporates | cited
 §1 | In Fig. 2, we show | figure2
-"""
+"""  # section | first words of a sentence | its claims, or why it is none
 
 # %% ../../nbs/00_paper.ipynb #sentences-2
 SENTENCES_2 = """
@@ -163,7 +163,7 @@ Table 1 | This phenomenon suggests that | huge_divergence
 §2.2 | Then we can naturally | method
 Figure 3 | For each class, top | method
 Figure 3 | All predictions are given | method
-"""
+"""  # section | first words of a sentence | its claims, or why it is none
 
 # %% ../../nbs/00_paper.ipynb #sentences-3
 SENTENCES_3 = """
@@ -188,7 +188,7 @@ SENTENCES_3 = """
 §3.2 | Thus, we propose IBN-s | method
 §3.2 | With IBN-s, now models | depth_choice
 §3.2 | As shown in Table 2, our | gain_over_resnet gain_over_ibn_a
-"""
+"""  # section | first words of a sentence | its claims, or why it is none
 
 # %% ../../nbs/00_paper.ipynb #sentences-4
 SENTENCES_4 = """
@@ -213,7 +213,7 @@ Table 2 | IBN-Net101-s achieves highest | best_backbone
 Table 3 | Different loss settings with | lovasz_gain
 Table 3 | achieves highest mIoU of 53.52 | best_loss
 §4 | As shown in Table 3 | best_loss
-"""
+"""  # section | first words of a sentence | its claims, or why it is none
 
 # %% ../../nbs/00_paper.ipynb #sentences-5
 SENTENCES_5 = """
@@ -236,7 +236,7 @@ SENTENCES_5 = """
 §7 | Further analysis about how | plan
 §7 | Our future work may | capacity
 §7 | Also, if we confirmed | plan
-"""
+"""  # section | first words of a sentence | its claims, or why it is none
 
 # %% ../../nbs/00_paper.ipynb #sentence-table
 NO_CLAIM = ("background", "method", "data", "cited", "reading", "plan")

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from agrivision_repro.core import replace_file
 from agrivision_repro.data.tiles import Tile, unpack_labels
@@ -89,6 +90,24 @@ def correlate_polarity(
     return float(known.opposite.corr(known.gain_average_precision, "spearman")), len(known)
 
 
+def _name_points(ax, points: list[tuple[float, float, str]]) -> None:
+    "Write names beside points: at the first of eight places where a name overlaps no other one and no point, and stays within the frame."
+    places = [(dx, dy, side) for dy in (4, -11, 13, -20) for dx, side in ((4, "left"), (-4, "right"))]
+    ax.figure.draw_without_rendering()
+    frame = ax.get_window_extent()
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in ax.transData.transform([point[:2] for point in points])]
+    for x, y, name in sorted(points, reverse=True):  # those at the right first: they have the least room
+        for dx, dy, side in places:
+            label = ax.annotate(name, (x, y), (dx, dy), textcoords="offset points", ha=side, fontsize=8)
+            box = label.get_window_extent()
+            if not box.count_overlaps(taken) and frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1:
+                break
+            label.remove()
+        else:
+            label = ax.annotate(name, (x, y), places[0][:2], textcoords="offset points", fontsize=8)
+        taken.append(label.get_window_extent())
+
+
 def draw_polarity(
     tables: Mapping[str, pd.DataFrame],  # name of the data → table of `class_polarity`
 ) -> Figure:
@@ -96,13 +115,13 @@ def draw_polarity(
     fig, ax = plt.subplots(figsize=(7.5, 4), dpi=80, layout="constrained")
     for (name, table), color in zip(tables.items(), CURVE_COLORS, strict=False):
         ax.scatter(table.opposite, table.gain_average_precision, color=color, label=name, s=24)
-        for row in table.dropna(subset=["opposite", "gain_average_precision"]).itertuples():
-            text = row[1].replace("_", " ")
-            ax.annotate(text, (row.opposite, row.gain_average_precision), (4, 3), textcoords="offset points", fontsize=8)
     ax.axhline(0, color="0.6", linewidth=0.8)
+    ax.margins(y=0.1)
     ax.set(xlabel="tiles in which the contrast of the class is opposite in NIR, %", ylabel="average precision gained\nby inversion, points")
-    ax.set_xlim(-4, 116)
+    ax.set_xlim(-4, 104)
     if len(tables) > 1:
         ax.legend(fontsize=8, frameon=False, loc="upper left")
+    known = pd.concat(tables.values()).dropna(subset=["opposite", "gain_average_precision"])
+    _name_points(ax, [(row.opposite, row.gain_average_precision, row[1].replace("_", " ")) for row in known.itertuples()])
     plt.close(fig)
     return fig

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from agrivision_repro.analysis.significance import (
-    AGREES, DISAGREES, NOT_JUDGED, UNDECIDED, Effect, combine, draw_fields, format_points, holm, judge, paired_effect, stack_seeds,
+    AGREES, DISAGREES, NOT_JUDGED, UNDECIDED, Effect, combine, draw_fields, format_point, format_points, holm, judge, paired_effect, stack_seeds,
     sum_groups,
 )  # fmt: skip
 from agrivision_repro.data.batches import CHANNEL_LABELS
@@ -21,7 +21,7 @@ from agrivision_repro.plots import CURVE_COLORS
 from agrivision_repro.report.render import format_score, spread
 from agrivision_repro.runs.store import Result
 from agrivision_repro.runs.workspace import Workspace
-from agrivision_repro.study.compare import fields_to_draw
+from agrivision_repro.study.compare import fields_to_draw, format_interval
 from agrivision_repro.study.figures import rank_correlation
 from agrivision_repro.study.modality import MODALITIES, OTHER
 from agrivision_repro.study.section7 import ARMS, AS_IT_IS, CHANGED, STRENGTHS, run_section7
@@ -170,9 +170,9 @@ def format_recovery(
     "Format gains in points, the share of the decay, and the verdict."
     cells: dict[_Net, dict[str, str]] = {}
     for row in recovery.itertuples():
-        ends = f" ({row.gain_low:+.1f} to {row.gain_high:+.1f})" if np.isfinite(row.gain_low) else ""
-        share = "" if np.isnan(row.share) else f", {row.share:.0f} %"
-        cells.setdefault((row.trained_on, row.norm), {})[row.arm] = f"{row.gain:+.1f}{ends}{share}; {row.verdict}"
+        ends = f" ({format_interval(row.gain_low, row.gain_high)})" if np.isfinite(row.gain_low) else ""
+        share = "" if np.isnan(row.share) else f", {round(row.share) + 0:.0f} %"
+        cells.setdefault((row.trained_on, row.norm), {})[row.arm] = f"{format_point(row.gain)}{ends}{share}; {row.verdict}"
     return _lay_out(cells, CHANGED)
 
 
@@ -204,7 +204,7 @@ def _count_answer(scores: pd.DataFrame, recovery: pd.DataFrame, relation: pd.Dat
     logs = np.log(resnets.divergence).groupby([resnets.trained_on, resnets.arm]).mean().unstack()
     factors = np.exp(logs[list(dict.fromkeys(matched.arm))].sub(logs[AS_IT_IS], axis=0).stack())
     observed = relation[relation.quantity == "observed"].verdict
-    ranges = {name: f"{part.gain.min():+.1f} to {part.gain.max():+.1f}" for name, part in (("matched", matched), ("turned", turned))}
+    ranges = {name: format_interval(part.gain.min(), part.gain.max()) for name, part in (("matched", matched), ("turned", turned))}
     counts = {"helped": (matched.verdict == AGREES).sum(), "hurt": (matched.verdict == DISAGREES).sum(), "arms": len(matched)}
     counts |= {"turned_helped": (turned.verdict == AGREES).sum(), "nets": len(turned)}
     counts |= {"gains": (observed != NO_GAIN).sum(), "explained": (observed == AGREES).sum(), "pairs": len(observed)}
@@ -226,7 +226,7 @@ def state_answer(
         "matching mean and standard deviation, clearly raises it in {turned_helped} of {nets} nets (all: {turned} points). An IBN-Net clearly scores "
         "higher than ResNet on the other modality in {gains} of {pairs} comparisons; "
     )
-    explained = "that its lower divergence accounts for it is shown in {explained}."
+    explained = "in {explained} of these is lower divergence shown to be the reason."
     return (answer + (explained if found["gains"] != "0" else "there is no clear gain that lower divergence could explain.")).format(**found)
 
 
@@ -263,12 +263,12 @@ def format_sensitivity(scores: pd.DataFrame) -> pd.DataFrame:  # text cells; row
     return pd.DataFrame(cells).T
 
 
-_MARKERS = dict(zip((AS_IT_IS, *CHANGED), "o^vsDPX*", strict=True))
+_MARKERS = dict(zip((AS_IT_IS, *CHANGED), "o^vsD+x*", strict=True))
 
 
 def draw_dose(scores: pd.DataFrame) -> Figure:
     "Draw mIoU on the other modality against divergence: an arm per marker, a net per color, a line fitted to the arms of each net."
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4.4), dpi=66, sharey=True, layout="constrained")
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4.2), dpi=80, sharey=True, layout="constrained")
     for ax, trained in zip(axes, MODALITIES, strict=True):
         own = scores[scores.trained_on == trained]
         for norm, color in zip(own.norm.unique(), CURVE_COLORS, strict=False):
@@ -277,8 +277,8 @@ def draw_dose(scores: pd.DataFrame) -> Figure:
         ax.set_title(f"trained on {CHANNEL_LABELS[trained]}, tested on {CHANNEL_LABELS[OTHER[trained]]}", fontsize=9)
         ax.set(xscale="log", xlabel="median divergence of the two modalities")
     axes[0].set_ylabel("multi-label mIoU, %")
-    axes[0].legend(fontsize=8, framealpha=0.8, edgecolor="none")
-    handles = [Line2D([], [], marker=marker, color="0.4", linestyle="", markersize=5, label=name) for name, marker in _MARKERS.items()]
+    handles = axes[0].get_legend_handles_labels()[0]
+    handles += [Line2D([], [], marker=marker, color="0.4", linestyle="", markersize=7, markeredgewidth=1.5, label=name) for name, marker in _MARKERS.items()]
     fig.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
     plt.close(fig)
     return fig
@@ -292,7 +292,7 @@ def _draw_net(ax, arms: Mapping[str, pd.DataFrame], color: str, label: str) -> N
         x, y = arms[name].divergence.to_numpy(), arms[name].multilabel.to_numpy()
         points.append((np.exp(np.log(x).mean()), y.mean()))
         ends = [[[c - s.min()], [s.max() - c]] for c, s in zip(points[-1], (x, y), strict=True)] if len(x) > 1 else [None, None]
-        ax.errorbar(*points[-1], ends[1], ends[0], marker=marker, color=color, markersize=6, elinewidth=0.6, alpha=0.8)
+        ax.errorbar(*points[-1], ends[1], ends[0], marker=marker, color=color, markersize=7, markeredgewidth=1.5, elinewidth=0.6, alpha=0.8)
     x, y = np.array(points).T
     line = np.poly1d(np.polyfit(np.log(x), y, 1))
     ax.plot(sorted(x), line(np.log(sorted(x))), color=color, linewidth=1.2, label=label)
@@ -313,6 +313,6 @@ def draw_shares(recovery: pd.DataFrame) -> Figure:
         ax.set_title(f"trained on {CHANNEL_LABELS[trained]}, tested on {CHANNEL_LABELS[OTHER[trained]]}", fontsize=9)
         ax.set(yticks=range(len(CHANGED)), yticklabels=CHANGED, xlabel="share of the decay recovered, %", xlim=(-100, 150))
     axes[0].invert_yaxis()
-    axes[0].legend(fontsize=8, framealpha=0.8, edgecolor="none")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     plt.close(fig)
     return fig

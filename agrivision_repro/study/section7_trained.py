@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from agrivision_repro.analysis.significance import AGREES, DISAGREES, NOT_JUDGED, Effect, combine, contrast_effect
+from agrivision_repro.analysis.significance import AGREES, DISAGREES, NOT_JUDGED, Effect, combine, contrast_effect, format_point
 from agrivision_repro.data.batches import CHANNEL_LABELS
 from agrivision_repro.models.backbones import backbone_label
 from agrivision_repro.plots import CURVE_COLORS
@@ -20,7 +20,7 @@ from agrivision_repro.report.render import format_score, spread
 from agrivision_repro.runs.run import Run
 from agrivision_repro.runs.store import Result
 from agrivision_repro.runs.workspace import Workspace
-from agrivision_repro.study.compare import fields_to_draw
+from agrivision_repro.study.compare import fields_to_draw, format_interval
 from agrivision_repro.study.figures import reduce_curve, run_divergence
 from agrivision_repro.study.modality import OTHER
 from agrivision_repro.study.paper import PAPER_NORMS
@@ -69,11 +69,11 @@ def _shrinkage(norm: str) -> Contrast:
     return Contrast("E3", f"gain of {backbone_label('', norm)} over ResNet − the same with NIR matched to red", weights, "own")
 
 
-PLAIN, IBN_A, IBN_S = Trained(), Trained(norm="ibn_a"), Trained(norm="ibn_s")
+PLAIN, IBN_A, IBN_S = Trained(), Trained(norm="ibn_a"), Trained(norm="ibn_s")  # the nets of Figure 2, trained on RGB
 DOSES = ("kl(0.01)", "kl(0.03)", "kl(0.1)", "kl(0.3)")  # weights of the divergence in the loss
 SIDES = ("own", "other")
 WHOLE_FALL = "lowest − highest divergence, on a line through the doses"
-CONTRASTS = (
+CONTRASTS = (  # rows of the table of effects, but for the line through the doses
     *(_shrinkage(norm) for norm in ("ibn_a", "ibn_s")),
     *(_gain("E4", Trained(intervention=dose), PLAIN) for dose in DOSES),
     _gain("E4", Trained(intervention="kl(0.1)"), Trained(intervention="sham(0.1)")),
@@ -160,7 +160,7 @@ def state_trained(
         return "With fewer than three seeds nothing is judged."
 
     def count(rows: pd.DataFrame, what: str, verdict: str = AGREES) -> str:
-        return f"{(rows.verdict == verdict).sum()} of {len(rows)} {what} (all: {rows.effect.min():+.1f} to {rows.effect.max():+.1f} points)"
+        return f"{(rows.verdict == verdict).sum()} of {len(rows)} {what} (all: {format_interval(rows.effect.min(), rows.effect.max())} points)"
 
     rgb = scores[(scores.channels == "rgb") & (scores.norm == "bn")]
     logs = np.log(rgb.divergence).groupby(rgb.intervention).mean()
@@ -171,7 +171,7 @@ def state_trained(
     return (
         f"With the divergence as a term of the loss, ResNet's falls to as little as {factors[list(DOSES)].min():.2g} of its value (with its sham, "
         f"which compares RGB with RGB, to {factors['sham(0.1)']:.2g}), and the score on the other modality clearly rises in {count(doses, 'doses')}; on a line through the "
-        f"doses, it changes by {fall.effect:+.1f} points ({fall.low:+.1f} to {fall.high:+.1f}) from the highest to the lowest divergence. Inverted "
+        f"doses, it changes by {format_point(fall.effect)} points ({format_interval(fall.low, fall.high)}) from the highest to the lowest divergence. Inverted "
         f"samples in training clearly raise the score on the other modality in {count(other, 'nets')}, and lower that on the own modality in "
         f"{count(own, 'nets', DISAGREES)}. IBN-Net-s clearly scores higher than with frozen switches, which keep its capacity but not its learned shares, in "
         f"{count(effects[effects.experiment == 'E7'], 'comparisons')}."
@@ -202,12 +202,11 @@ def select_baselines(
 
 def format_effects(effects: pd.DataFrame) -> pd.DataFrame:  # text cells
     "Format contrasts with their intervals and verdicts."
-    ends = [f"{low:+.1f} to {high:+.1f}" if np.isfinite(low) else "–" for low, high in zip(effects.low, effects.high, strict=True)]
     return pd.DataFrame({
         "experiment": effects.experiment,
         "tested on": effects.tested_on + " input",
-        "points": [f"{e:+.1f}" for e in effects.effect],
-        "95 % interval": ends,
+        "points": effects.effect.map(format_point).tolist(),
+        "95 % interval": list(map(format_interval, effects.low, effects.high)),
         "above 0": effects.verdict,
     }).set_axis(effects.what, axis=0)  # fmt: skip
 

@@ -89,7 +89,7 @@ class Inversion(Intervention):
 
 
 class ModalityDropout(Intervention):
-    "Show of each sample RGB, NIR or both, with equal probability; 0, the mean, replaces the other (ModDrop, Neverova et al. 2016)."
+    "Show RGB, NIR or both of each sample, with equal probability; 0, the mean, replaces the other (ModDrop, Neverova et al. 2016)."
 
     example, inputs = "modality_dropout", ("rgbn",)
     kept = ((1, 1, 1, 1), (1, 1, 1, 0), (0, 0, 0, 1))  # channels shown

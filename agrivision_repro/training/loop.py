@@ -227,7 +227,7 @@ def fit(
     title: str = "",  # label of the progress bar
     save_every: int = SAVE_EVERY,  # iterations
 ) -> None:
-    "Train to the end of the recipe; on a signal, saves the state and raises Stopped."
+    "Train to the end of the recipe; on a signal, save the state and raise Stopped."
     trainer.model.train()
     with defer_signals() as received, _make_bar(trainer, title) as bar:
         for batches in load_batches(trainer, feed):

@@ -59,7 +59,7 @@ def learning_rate(
     return recipe.lr * (1 - done) ** recipe.power
 
 # %% ../../nbs/50_schedule.ipynb #cell-11
-RECIPES = {
+RECIPES = {  # name, as in `agrivision train --recipe` → recipe at paper scale
     "paper": Recipe(),
     "epochs": Recipe(stop=62 * 403),
     "shipped": Recipe(2_000, 8_000, 20_000, stop=74 * 403, augmentation="zoom_shift"),  # with low_level=3
@@ -107,7 +107,7 @@ def draw_learning_rates(
     return fig
 
 # %% ../../nbs/50_schedule.ipynb #cell-17
-SCHEDULE_ROWS = {
+SCHEDULE_ROWS = {  # key → row of the table
     "iterations": "iterations", "warmup": "warm-up", "constant": "constant", "decay": "decay", "lr": "learning rate",
     "final_lr": "last learning rate", "power": "power of the decay", "batch_size": "batch", "momentum": "momentum",
     "weight_decay": "weight decay", "tiles": "tiles seen",

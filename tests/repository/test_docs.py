@@ -19,7 +19,7 @@ from agrivision_repro.report.results import list_results
 
 ROOT = Path(__file__).resolve().parents[2]
 NBS = ROOT / "nbs"
-from api import list_modules, public_names  # noqa: E402
+from api import constant_entry, definitions, list_modules, public_names, read_comments  # noqa: E402
 
 MODULES = list_modules([])
 FETCHED = {"script": "src", "link": "href", "img": "src", "iframe": "src", "source": "src", "object": "data"}
@@ -132,6 +132,19 @@ def test_a_parameter_says_what_its_comment_says(site):
     text = " ".join(re.sub(r"<[^>]+>", " ", entry).split())
     assert "eps float 1e-5 added to the variance" in text and "weight Tensor gamma, (C,)" in text and "Returns Tensor : like x" in text
     assert re.search(r'href="\.\./20_norms\.html#norms-\d+"', entry)
+
+
+def test_constants_of_one_line_have_their_own_values_and_comments():
+    source = "A, B = 1, 2  # one; two\nC = {  # name → what\n    'x': 3,\n}\nC.y = 1\n"
+    defined, comments = definitions(ast.parse(source)), read_comments(source)
+    entries = {name: " ".join(constant_entry(name, defined[name], comments, "")) for name in "ABC"}
+    assert ':value: "2"' in entries["B"] and " two " in entries["B"] and " one " not in entries["B"]
+    assert "name → what" in entries["C"] and "'x': 3" in entries["C"]
+
+
+def test_options_of_the_command_say_what_their_help_says(site):
+    page = (site / "api" / "cli.data.html").read_text(encoding="utf-8")
+    assert page.count("Folder of the data set.") >= 4 and "_Root" not in page
 
 
 def test_every_executed_notebook_has_a_page_that_says_how_it_was_made(site, pages):

@@ -89,6 +89,18 @@ def test_rows_without_a_name_add_no_empty_header(name, n_rows):
     assert html_table(pd.DataFrame({"mIoU": ["50.0"]}, pd.Index(["ResNet"], name=name))).count("<tr") == n_rows
 
 
+def test_a_power_of_ten_and_an_equation_stay_on_one_line():
+    html = html_table(pd.DataFrame({"a": ["×0.2 (3.1e-05 to 7)"]}, ["λ1 = 0"]))
+    assert "3.1e\N{NON-BREAKING HYPHEN}05" in html and "λ1\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}0" in html
+
+
+def test_small_points_show_their_sign():
+    "A lower end of -0.03 does not look as if it were above 0."
+    row = {"of": "+ a", "against": "b", "difference": 1.2, "low": -0.03, "high": 2.4, "n": 3, "detectable": 2.0, "verdict": "undecided"}
+    gains = pd.DataFrame([row])
+    assert format_gains(gains).loc["a against b"].tolist() == ["+1.2", "-0.03 to +2.4", "3", "2.0", "undecided"]
+
+
 def test_a_number_and_its_spread_stay_on_one_line_and_sentences_get_room():
     sentence = "-0.1 (-1.5 to +1.3), -0 %; no effect of a point or more"
     html = html_table(pd.DataFrame({"a": ["**3.1 ± 2.0**"], "b": [sentence], "c": ["×0.2 (0.1 to 7)"]})).replace("\N{NO-BREAK SPACE}", "_")

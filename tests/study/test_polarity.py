@@ -60,3 +60,13 @@ def test_the_correlation_is_over_the_classes_of_all_data():
     assert correlate_polarity([*tables, absent]) == (pytest.approx(1.0), 3)
     (ax,) = draw_polarity({"one": pd.concat(tables), "two": absent}).axes
     assert [text.get_text() for text in ax.texts] == ["a b"] * 3
+
+
+def test_names_stand_within_the_frame_and_apart():
+    places = {"double_plant": (96.0, 2.0), "dry_beans_peas": (100.0, 2.2), "soybeans": (99.0, 9.0)}
+    table = pd.DataFrame([(name, *xy) for name, xy in places.items()], columns=["class", "opposite", "gain_average_precision"])
+    (ax,) = draw_polarity({"one": table}).axes
+    ax.figure.draw_without_rendering()
+    boxes, frame = [text.get_window_extent() for text in ax.texts], ax.get_window_extent()
+    assert all(frame.x0 < box.x0 and box.x1 < frame.x1 for box in boxes)
+    assert not any(one.overlaps(two) for k, one in enumerate(boxes) for two in boxes[:k])

@@ -152,7 +152,7 @@ def test_the_answer_counts_verdicts():
     assert answer.endswith("no clear gain that lower divergence could explain.")
     gains = section7_report.section7_relation(make_scores(slope=-2.0, gain=0.0))[0]
     answer = section7_report.state_answer(scores, recovery, gains)
-    assert "in 1 of 1 comparisons; that its lower divergence accounts for it is shown in 1." in answer
+    assert "in 1 of 1 comparisons; in 1 of these is lower divergence shown to be the reason." in answer
     unjudged = recovery.assign(verdict=NOT_JUDGED)
     assert "not" in section7_report.state_answer(scores, unjudged, relation)
     table = section7_report.answer_table({"fields": (scores, recovery, gains), "one seed": (scores, unjudged, relation)})
