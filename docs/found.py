@@ -61,14 +61,15 @@ def describe_making(path: Path, about: dict) -> str:  # Markdown
     return f"```sh\n{reproduce_command(about, path.stem)}\n```\n\n{trained * bool(seconds)}{spell_time(own)} for the notebook."
 
 
-def list_facts(about: dict) -> dict[str, str]:
+def list_facts(name: str, about: dict) -> dict[str, str]:
     "Return what a reader must know of a folder of results, each under a short name."
+    seconds = sum(log["record"]["seconds"] for log in load_logs(RESULTS / name / "logs"))
     edition, days = find_edition(about["data"]), dict.fromkeys(about["trained"])
     return {
         "data": f"{edition.title} (`{about['data']}`); {edition.credit}",
         "tiles": f"{about['tiles']}: {about['n_train']:,} for training, {about['n_val']:,} for scoring",
         "scale, seeds": f"`{about['scale']}`; {', '.join(map(str, about['seeds']))}",
-        "runs": f"{about['runs']}, {spell_time(3600 * about['hours of the runs'])} together",
+        "runs": f"{about['runs']}, {spell_time(seconds)} together",
         "device": f"{count(about['device'])}; {count(about['precision'])}",
         "last known good": f"{' to '.join(days)}, commit {count(about['commit'], 10)}",
         "versions": f"agrivision_repro {SETTINGS['DEFAULT']['version']}, torch {count(about['torch'])}",
@@ -86,7 +87,7 @@ def show_picture(path: Path) -> list[str]:
 def write_page(name: str, about: dict) -> str:  # Markdown
     "Write the page of a folder of results."
     lines = [f"# {page_title(name, about)}", "", "| | |", "|---|---|"]
-    lines += [f"| {key} | {text} |" for key, text in list_facts(about).items()]
+    lines += [f"| {key} | {text} |" for key, text in list_facts(name, about).items()]
     lines += ["", "All of it:", "", f"```sh\n{reproduce_command(about, *about['tables'])}\n```", ""]
     for path in find_notebooks(name, about):
         title, quote = read_lead(path)
