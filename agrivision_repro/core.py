@@ -53,7 +53,7 @@ def exit_with_parent() -> None:
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    "Write a new file with `write` and rename it atomically; on failure raises OSError and leaves the old file unchanged."
+    "Write a new file with `write` and rename it atomically; on failure, raise OSError and leave the old file unchanged."
     _write_and_move(path, path.with_name(path.name + ".new"), write)
 
 
@@ -121,7 +121,7 @@ def write_array(path: Path, array: np.ndarray) -> None:
     replace_file(path, write)
 
 
-ANEW = "remove its folder to train the Run again"
+ANEW = "remove its folder to train the Run again"  # what to do with a damaged file
 
 
 def read_json(path: Path) -> dict:

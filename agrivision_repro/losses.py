@@ -22,7 +22,7 @@ def check_pixels(
     targets: Tensor,  # 0 or 1, of any type, `(B, C, H, W)`
     valid: Tensor,  # `(B, H, W)` bool
 ) -> Tensor:  # targets as bool
-    "Check that shapes, types and values match; raises ValueError otherwise."
+    "Check that shapes, types and values match; raise ValueError otherwise."
     if logits.shape != targets.shape or logits.ndim != 4:
         raise ValueError(f"logits are {tuple(logits.shape)}, targets {tuple(targets.shape)}: both must be (B, C, H, W)")
     if valid.shape != (logits.shape[0], *logits.shape[2:]) or valid.dtype != torch.bool:
@@ -225,5 +225,5 @@ class HybridLoss(nn.Module):
         total: Tensor = sum(self.weights[name] * term for name, term in terms.items())
         return total / sum(self.weights.values())
 
-    def forward(self, logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:  # of the same shapes; scalar
+    def forward(self, logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:  # scalar
         return self.combine(self.terms(logits, targets, valid))

@@ -50,7 +50,7 @@ def average_alive(
 
 # %% ../../nbs/42_divergence.ipynb #2b7bbc6f
 def check_pair(a: Measured, b: Measured) -> None:
-    "Check that two streams can be compared; raises ValueError otherwise."
+    "Check that two streams can be compared; raise ValueError otherwise."
     if list(a.layers.items()) != list(b.layers.items()) and a.n_samples and b.n_samples:
         raise ValueError(f"layers differ, {', '.join(a.layers)} and {', '.join(b.layers)}: measure both streams at the same layers")
     for name, side in (("a", a), ("b", b)):
@@ -199,7 +199,7 @@ def null_and_p(
     return permuted.quantile(0.5).item(), (1 + as_large) / (1 + len(permuted))
 
 # %% ../../nbs/42_divergence.ipynb #domain-code
-SHRINKAGE = 0.1  # of the covariance towards the identity
+SHRINKAGE = 0.1  # of the covariance toward the identity
 
 
 def linear_scores(
@@ -279,7 +279,7 @@ def tabulate(a: Measured, b: Measured, eps: float = 0.0) -> pd.DataFrame:  # one
     return pd.DataFrame(rows, columns=["estimator", "depth", "layer", "channels", "divergence", "median_channel", "dead"])
 
 
-TRUST = ["low", "high", "null", "p", "domain_error"]
+TRUST = ["low", "high", "null", "p", "domain_error"]  # columns that need resamples
 
 # %% ../../nbs/42_divergence.ipynb #98c17f1e
 def add_trust(
@@ -364,7 +364,7 @@ def divergence_by_class(
 
 # %% ../../nbs/42_divergence.ipynb #cell-46
 def draw_curve(ax, label: str, table: pd.DataFrame, color: str) -> None:
-    "Draw one table's divergence, interval and null; raises ValueError unless it has one estimator."
+    "Draw one table's divergence, interval and null; raise ValueError unless it has one estimator."
     if table.estimator.nunique() != 1:
         raise ValueError(f"{label} has {', '.join(table.estimator.unique())}: select the rows of one estimator")
     ax.plot(table.depth, table.divergence, "o-", label=label, color=color, markersize=3, linewidth=1.2)

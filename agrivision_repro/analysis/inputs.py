@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 
-def check_channels(x: Tensor, n_channels: int) -> int:  # of x
-    "Check that an input has as many channels as the previous ones; raises ValueError otherwise."
+def check_channels(x: Tensor, n_channels: int) -> int:  # number of channels of x
+    "Check that an input has as many channels as the previous ones; raise ValueError otherwise."
     if n_channels and x.shape[1] != n_channels:
         raise ValueError(f"inputs have {n_channels} channels, then {x.shape[1]}: both streams must have as many as the model expects")
     return x.shape[1]
 
 
 def check_evaluates(model: nn.Module) -> None:
-    "Check that no module of a model is in training mode; raises ValueError otherwise."
+    "Check that no module of a model is in training mode; raise ValueError otherwise."
     if training := [name or type(model).__name__ for name, module in model.named_modules() if module.training]:
         raise ValueError(f"{training[0]} is in training mode, where its output depends on the batch: call model.eval() first")
 

@@ -42,7 +42,7 @@ Intervention = Callable[[Tensor], Tensor]  # inputs `(B, C, H, W)` to the same s
 
 
 def channel_values(batches: Stream) -> Tensor:  # valid pixels of each channel, `(C, N)` float32 on the CPU
-    "Collect the values of a stream; raises ValueError if there are none."
+    "Collect the values of a stream; raise ValueError if there are none."
     kept, n_channels = [], 0
     for x, valid in map(split_batch, batches):
         n_channels = check_channels(x, n_channels)
@@ -54,7 +54,7 @@ def channel_values(batches: Stream) -> Tensor:  # valid pixels of each channel, 
 
 
 def _check_size(x: Tensor, n_channels: int) -> None:
-    "Check that an input has as many channels as the fit; raises ValueError otherwise."
+    "Check that an input has as many channels as the fit; raise ValueError otherwise."
     if x.ndim != 4 or x.shape[1] != n_channels:
         raise ValueError(f"x is {tuple(x.shape)}: wanted (B, {n_channels}, H, W), with the channels of the fit")
 
@@ -66,7 +66,7 @@ def _apply_affine(x: Tensor, gain: Tensor, offset: Tensor) -> Tensor:  # `(C,)` 
 
 # %% ../../nbs/44_interventions.ipynb #iv-15
 def _collect_pair(inputs: Stream, reference: Stream) -> tuple[Tensor, Tensor]:  # of `channel_values`
-    "Collect the values of two streams; raises ValueError if they cannot be matched."
+    "Collect the values of two streams; raise ValueError if they cannot be matched."
     values, wanted = channel_values(inputs), channel_values(reference)
     if len(values) != len(wanted):
         raise ValueError(f"inputs have {len(values)} channels, reference {len(wanted)}: both must have as many as the model expects")
@@ -127,7 +127,7 @@ def low_frequencies(height: int, width: int, beta: float) -> Tensor:  # `(H, W /
 
 
 def _stack_inputs(batches: Stream, name: str) -> Tensor:  # `(N, C, H, W)`
-    "Stack the inputs of a stream; raises ValueError unless all have one size."
+    "Stack the inputs of a stream; raise ValueError unless all have one size."
     images = [split_batch(batch)[0].detach() for batch in batches]
     if (n_sizes := len({x.shape[1:] for x in images})) != 1:
         raise ValueError(f"{name} has inputs of {n_sizes} sizes: wanted at least one input, all of one size")
@@ -194,7 +194,7 @@ SWITCHES = {"bn": -1e3, "uniform": 0.0}  # state → softmax logit of instance a
 
 
 def _copy_switches(model: nn.Module) -> tuple[nn.Module, list[SwitchNorm2d]]:  # the copy and its SwitchNorms, ordered from the input
-    "Copy a model; raises ValueError if it has no SwitchNorm."
+    "Copy a model; raise ValueError if it has no SwitchNorm."
     copied = copy.deepcopy(model)
     norms = [module for module in copied.modules() if isinstance(module, SwitchNorm2d)]
     if not norms:

@@ -78,7 +78,7 @@ def extend(
     return merge(groups)
 
 # %% ../../nbs/40_moments.ipynb #cell-14
-CPU_CHUNK, GPU_CHUNK = 2**18, 2**21  # values per piece: 2 MB fit in a CPU cache; 16 MB need few GPU launches
+CPU_CHUNK, GPU_CHUNK = 2**18, 2**21  # values per piece, 2 MB: they fit in a CPU cache; values per piece, 16 MB: few GPU launches
 
 
 def chunks(
@@ -169,7 +169,10 @@ class MeanStream(PixelStream):
         self.open = groups[:, n_full:]
         return self.mean_of(groups[:, :n_full])
 
-    def mean_of(self, groups: Tensor) -> Moments:  # of counts and distances, `(2, K, C)`
+    def mean_of(
+        self,
+        groups: Tensor,  # counts and distances, `(2, K, C)`
+    ) -> Moments:
         count, distance = groups
         return Moments(count, self.origin + distance / count.clamp(min=1), count)
 
@@ -219,7 +222,7 @@ def resolve_layers(
     model: nn.Module,
     layers: Layers | None = None,  # module names; regular expression for full names; predicate on (name, module); None: `find_relu_layers`
 ) -> list[str]:  # module names, at least one
-    "List the layers to measure; raises ValueError for a name that is not in the model."
+    "List the layers to measure; raise ValueError for a name that is not in the model."
     if layers is None:
         return find_relu_layers(model)
     names = [name for name, _ in model.named_modules() if name]

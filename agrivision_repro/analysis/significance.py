@@ -201,7 +201,7 @@ def draw_fields(
     rng: np.random.Generator,
     tries: int = 100,
 ) -> np.ndarray:  # sums over the drawn fields, `(R, S, C, 2)`, every union above 0
-    "Draw whole fields with replacement, again where a class is missing in any run."
+    "Draw whole fields with replacement; redraw where a class is missing in any run."
     n, drawn, left = len(counts), [], n_resamples
     for _ in range(tries):
         sums = np.tensordot(rng.multinomial(n, np.full(n, 1 / n), left), counts, 1)
@@ -278,7 +278,7 @@ def format_point(x: float) -> str:
 
 
 def format_ratio(x: float) -> str:
-    "Format a positive factor with two digits; from 100 to a million, with all that stand before the decimal point."
+    "Format a positive factor with two digits; without decimals from 100 on, with an exponent from a million on."
     if x >= 1e6:
         return f"{x:.1e}"
     return f"{x:,.0f}" if x >= 100 else f"{x:#.2g}".rstrip(".")
@@ -296,7 +296,7 @@ def format_factor(effect: Effect) -> str:
     return f"×{factor}" + (f" ({low} to {high})" if effect.n_seeds > 1 else "")
 
 # %% ../../nbs/34_significance.ipynb #290cdb37
-RATIO_MARGIN = float(np.log(1.25))
+RATIO_MARGIN = float(np.log(1.25))  # ratios within a quarter do not matter
 
 
 def log_ratio(

@@ -263,7 +263,7 @@ def _check_can_run(runs: dict[str, list], workspace) -> None:
 
 
 def plan(
-    tables: Annotated[list[str] | None, typer.Argument(help="Tables to plan. Default: all.")] = None,
+    tables: Annotated[list[str] | None, typer.Argument(help="Tables to plan. Default: all but section7_trained.")] = None,
     scale: ScaleName = "laptop",
     data: RunData = "synthetic",
     data_root: DataRoot = "",

@@ -1,4 +1,4 @@
-"""`agrivision runs`: list, show, compare and score finished runs."""
+"""`agrivision train`; `agrivision runs`: list, show, compare and score finished runs."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def score(
     device: Device = "auto",
     precision: Precision = "auto",
 ):
-    "Score a finished run with test-time augmentation or with its best weights; save beside its other scores."
+    "Score a finished run with test-time augmentation or with its best weights; save the scores beside the others."
     from agrivision_repro.runs.store import find_run
     from agrivision_repro.runs.workspace import Workspace, score_again
 

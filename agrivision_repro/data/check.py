@@ -23,7 +23,7 @@ from agrivision_repro.data.counts import CHANNEL_NAMES, count_table, count_tile,
 from agrivision_repro.data.editions import detect_edition, find_edition, open_splits
 from agrivision_repro.data.tiles import BadFile, Tile, Tiles, list_images, places_in_both
 
-FAULTS = {
+FAULTS = {  # kind of fault → what it means
     "missing": "a tile lacks one of its files",
     "unreadable": "not an image, or not of the type that its name implies",
     "truncated": "ends too early",

@@ -36,7 +36,7 @@ __all__ = ['AGRIVISION_2020', 'AGRIVISION_2021', 'COPY_FROM', 'AGRIVISION_CREDIT
 
 # %% ../../nbs/11_editions.ipynb #cell-15
 AGRIVISION_2020 = ("cloud_shadow", "double_plant", "planter_skip", "standing_water", "waterway", "weed_cluster")
-AGRIVISION_2021 = (
+AGRIVISION_2021 = (  # classes
     "double_plant", "drydown", "endrow", "nutrient_deficiency", "planter_skip", "water", "waterway", "weed_cluster",
 )  # fmt: skip
 
@@ -186,7 +186,7 @@ COPY_FROM = "aws s3 cp --no-sign-request --recursive s3://intelinair-data-releas
 AGRIVISION_CREDIT = "Agriculture-Vision (Chiu et al. 2020), non-commercial research, not redistributed"
 
 # %% ../../nbs/11_editions.ipynb #3295d88e
-EDITIONS = {
+EDITIONS = {  # name → edition
     e.name: e
     for e in (
         Edition(

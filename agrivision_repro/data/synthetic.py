@@ -316,7 +316,7 @@ def crop_stage(rng: np.random.Generator, kinds: Sequence[str]) -> float:  # 0: b
     return min(max(stage, 0.5), 0.75) if needs_rows else stage
 
 
-HIDDEN_BY = {
+HIDDEN_BY = {  # class → classes that cover it
     "double_plant": ("waterway", "standing_water"),
     "planter_skip": ("waterway", "standing_water", "weed_cluster"),
     "waterway": ("standing_water",),

@@ -106,7 +106,7 @@ def add_instance_norms(
 # %% ../../nbs/22_backbones.ipynb #gn000001
 def replace_all_norms(
     resnet: ResNet,  # changed in place
-    n_groups: int = 32,  # fewer where a group would have less than two channels, or to divide the channels
+    n_groups: int = 32,  # fewer where a group would have fewer than two channels, or to divide the channels
 ) -> None:
     "Replace every batch norm by a group norm, which uses no statistics of other samples (Wu and He 2018)."
     for name, norm in list(resnet.named_modules()):
@@ -117,7 +117,7 @@ def replace_all_norms(
 
 # %% ../../nbs/22_backbones.ipynb #0d5daddb
 DEPTHS = (18, 26, 34, 50, 101)  # 50 and 101 are the paper's; 18 and 34 have basic blocks
-NORMS: dict[str, Callable[[ResNet], None]] = {
+NORMS: dict[str, Callable[[ResNet], None]] = {  # name → what turns a ResNet into the backbone
     "bn": lambda resnet: None,
     "ibn_a": partial(replace_first_norms, make=InstanceBatchNorm2d),
     "ibn_b": add_instance_norms,
@@ -172,7 +172,7 @@ def widen_stem(
 # %% ../../nbs/22_backbones.ipynb #cell-15
 TORCHVISION = "https://download.pytorch.org/models"
 IBN_NET = "https://github.com/XingangPan/IBN-Net/releases/download/v1.0"
-IMAGENET_URLS = {
+IMAGENET_URLS = {  # depth, norm → public checkpoint
     (50, "bn"): f"{TORCHVISION}/resnet50-19c8e357.pth",
     (101, "bn"): f"{TORCHVISION}/resnet101-5d3b4d8f.pth",
     (50, "ibn_a"): f"{IBN_NET}/resnet50_ibn_a-d9d0bb7b.pth",
@@ -186,7 +186,7 @@ IMAGENET_URLS |= {(depth, "ibn_s"): IMAGENET_URLS[depth, "ibn_a"] for depth in (
 def fetch_checkpoint(
     url: str,  # ends in `-<8 hex digits>.pth`
 ) -> dict[str, Tensor]:  # state dict
-    "Read a public checkpoint from the torch.hub cache, downloading it if needed; raises ValueError if that fails or its hash is wrong."
+    "Read a public checkpoint from the torch.hub cache, downloading it if needed; raise ValueError if that fails or its hash is wrong."
     name = url.rsplit("/", 1)[1]
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     prefix = re.search(r"-([0-9a-f]{8})\.pth$", name)[1]
@@ -228,7 +228,7 @@ def load_matching(
     model: nn.Module,  # changed in place
     state: dict[str, Tensor],  # public key names
 ) -> LoadReport:
-    "Load every tensor whose key is in the model; raises ValueError if there is none, or if a shape differs."
+    "Load every tensor whose key is in the model; raise ValueError if there is none, or if a shape differs."
     own = model.state_dict()
     matched = {key: value for key, value in state.items() if key in own}
     if not matched:
@@ -269,7 +269,7 @@ class SubsampledConv2d(nn.Conv2d):
 def subsample_before_narrow_convs(
     resnet: ResNet,  # changed in place; weights and their names stay
 ) -> None:
-    "Replace the strided 1×1 convolutions of fewer than 16 input channels, whose gradient oneDNN computes wrongly."
+    "Replace the strided 1×1 convolutions with fewer than 16 input channels, whose gradient oneDNN computes wrongly."
     for name, conv in list(resnet.named_modules()):
         if isinstance(conv, nn.Conv2d) and conv.kernel_size == (1, 1) and conv.stride != (1, 1) and conv.in_channels < 16:
             parent, _, own = name.rpartition(".")
@@ -309,7 +309,7 @@ def create_backbone(
     pretrained: bool = False,  # start from ImageNet weights (width 1 only)
     multigrid: bool = True,  # dilate layer 4's blocks by 1, 2 and 4 times the rest
 ) -> ResNet:
-    "Make one of the paper's backbones, without a head; raises ValueError for an unsupported combination."
+    "Make one of the paper's backbones, without a head; raise ValueError for an unsupported combination."
     check_choice("depth", depth, DEPTHS)
     check_choice("in_chans", in_chans, (3, 4))
     check_choice("output_stride", output_stride, tuple(DILATIONS))
@@ -322,7 +322,9 @@ def create_backbone(
     return set_multigrid(resnet, grid[: len(resnet.layer4)], output_stride)
 
 # %% ../../nbs/22_backbones.ipynb #d43a0bdf
-def spread(x: Tensor) -> float:  # of `(B, C, H, W)`
+def spread(
+    x: Tensor,  # `(B, C, H, W)`
+) -> float:
     "Return the standard deviation over batch and positions, root mean square over channels."
     return x.double().var((0, 2, 3)).mean().sqrt().item()
 

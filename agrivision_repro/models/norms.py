@@ -87,7 +87,7 @@ def normalize(
     *,
     eps: float = 1e-5,  # added to the variance
 ) -> Tensor:  # like `x`
-    "Normalize `x` by pooled moments of its pixels; raises ValueError if its channels do not match `weight`."
+    "Normalize `x` by pooled moments of its pixels; raise ValueError if its channels do not match `weight`."
     check_channels(x, weight.shape[0])
     moments, affine = (_plain_moments, _plain_map) if is_recorded() else (PixelMoments.apply, AffineMap.apply)
     x, mean, variance = moments(x)
@@ -313,7 +313,7 @@ def recalibrate(
     model: nn.Module,  # changed in place: running statistics only
     batches: Iterable[Tensor],  # inputs of the model, `(B, C, H, W)`, at least one
 ) -> int:  # batches read
-    "Estimate the running statistics of all norms as averages over batches; raises ValueError if there are none."
+    "Estimate the running statistics of all norms as averages over batches; raise ValueError if there are none."
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     modes, momenta, n = {m: m.training for m in model.modules()}, [m.momentum for m in norms], 0
     model.eval()

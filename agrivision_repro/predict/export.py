@@ -33,7 +33,7 @@ def export_model(
     path: Path,  # ends in .pt2 (torch.export) or .onnx
     checkpoint: str = "last",  # or "best"
 ) -> float:  # largest difference of the exported model's logits from the model's own, on images of two sizes; share of the largest
-    "Write a Run's model as one file if it agrees with the model; raises ValueError if not, or if a package is missing."
+    "Write a Run's model as one file if it agrees with the model; raise ValueError if not, or if a package is missing."
     if path.suffix not in WRITERS:
         raise ValueError(f"{path} ends in {path.suffix or 'nothing'}: wanted {' or '.join(WRITERS)}")
     model, generator = load_trained(result, checkpoint), torch.Generator().manual_seed(0)
@@ -82,12 +82,12 @@ def open_exported(
 def open_predictor(
     path: Path,  # a file of `export_model`, which computes in float32 on the CPU, or a folder of `share_run`
     checkpoint: str = "last",
-    tta: str = "none",  # a key of `training.TTA`
+    tta: str = "none",  # a key of `training.evaluate.TTA`
     channels: str = "",
-    device: str = "auto",  # as in `training.make_engine`
+    device: str = "auto",  # as in `training.engine.make_engine`
     precision: str = "auto",
 ) -> Predictor:
-    "Open a model that left its Run: checkpoint and channels cannot be chosen any more."
+    "Open a model that left its Run: checkpoint and channels can no longer be chosen."
     check_choice("tta", tta, tuple(TTA))
     check_choice("checkpoint (chosen by agrivision share or export)", checkpoint, ("last",))
     if path.is_dir():

@@ -128,7 +128,7 @@ def check_submission(
 
 
 def tile_sizes(
-    data: str,  # an edition, see `data.find_edition`
+    data: str,  # an edition, see `data.editions.find_edition`
     root: str | Path,  # its folder
 ) -> dict[str, tuple[int, int]]:  # name of each test tile → height, width, pixels
     "List the sizes of a test set's images, from their headers."

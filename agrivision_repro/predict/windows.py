@@ -55,7 +55,7 @@ class Predictor:
     model: Callable[[Tensor], Tensor]  # R, G, B, NIR, `(B, 4, H, W)` uint8 to logits `(B, C, H, W)`, in evaluation mode
     about: About
     engine: Engine
-    tta: str = "none"  # a key of `training.TTA`
+    tta: str = "none"  # a key of `training.evaluate.TTA`
 
     @torch.no_grad()
     def __call__(
@@ -69,9 +69,9 @@ class Predictor:
 def load_predictor(
     result: Result,
     checkpoint: str = "last",  # or "best"
-    tta: str = "none",  # a key of `training.TTA`
+    tta: str = "none",  # a key of `training.evaluate.TTA`
     channels: str = "",  # a test input of the Run; "": the training input
-    device: str = "auto",  # as in `training.make_engine`
+    device: str = "auto",  # as in `training.engine.make_engine`
     precision: str = "auto",
 ) -> Predictor:
     "Load a finished Run's model for prediction."

@@ -93,7 +93,7 @@ def start_server() -> None:
 
 @contextmanager
 def forked_kernels() -> Iterator[None]:
-    "Within the block, jupyter_client starts kernels by `ForkProvisioner`, where the system has a fork server."
+    "Let jupyter_client start kernels by `ForkProvisioner` within the block, where the system has a fork server."
     start_server()
     _is_stopping.clear()
     factory = KernelProvisionerFactory.instance()
@@ -131,7 +131,7 @@ def execute(
     notebook: Path,  # executed in place, in its folder
     parameters: dict,
 ) -> str:  # error message; "": none
-    "Execute a notebook by papermill."
+    "Execute a notebook with papermill."
     from nbclient.exceptions import DeadKernelError
     from papermill import PapermillExecutionError, execute_notebook
 

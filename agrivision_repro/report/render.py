@@ -1,4 +1,4 @@
-"""Tables as Markdown, HTML, CSV and LaTeX; the banner; scores of both modalities side by side."""
+"""Tables as Markdown, HTML, CSV and LaTeX; pictures; the banner."""
 
 from __future__ import annotations
 

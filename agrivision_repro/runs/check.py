@@ -7,7 +7,7 @@ from agrivision_repro.data.batches import AUGMENTATIONS, CHANNELS, SAMPLERS
 from agrivision_repro.models.backbones import DEPTHS, DILATIONS, NORMS
 from agrivision_repro.runs.run import Run, build_intervention, build_loss
 
-MAX_SEED = 2**31 - 1  # training derives numbers below 2**64 from it, the largest that PyTorch takes
+MAX_SEED = 2**31 - 1  # seeds of PyTorch, which must be below 2⁶⁴, are derived from it
 _CHOICES = {  # registries as they are: a user may add to them
     "channels": CHANNELS, "statistics": ("imagenet", "dataset"), "depth": DEPTHS, "norm": NORMS, "low_level": (1, 3),
     "output_stride": DILATIONS, "shared_places": ("val", "train", "keep"),

@@ -72,7 +72,7 @@ def _find_listener(address: str, seconds: float = 10.0) -> None:
 def train_on_ray(
     runs: Sequence[Run],
     workspace: Workspace,
-    address: str = "auto",  # see `_join_ray`
+    address: str = "auto",  # "auto": the running cluster; "local": start one here; HOST:PORT
     max_retries: int = 3,  # of a Run whose worker is lost
     **options,  # for `ray.init`
 ) -> dict[Run, str]:  # failed Runs and their errors

@@ -25,8 +25,8 @@ from agrivision_repro.runs.workspace import Workspace
 def train_here(
     runs: Sequence[Run],
     workspace: Workspace,
-    backend: str = "auto",  # a key of `launch.BACKENDS`, but for "ray"
-    at_once: int = 0,  # number of Runs side by side; 0: see `_divide_cores`
+    backend: str = "auto",  # one of `launch.BACKENDS`, but for "ray"
+    at_once: int = 0,  # number of Runs side by side; 0: as many as suit the cores
 ) -> dict[Run, str]:  # failed Runs and their errors
     "Train Runs on this machine."
     n_at_once, n_threads = _divide_cores(runs, workspace.on_gpu or backend == "one by one", at_once=at_once)

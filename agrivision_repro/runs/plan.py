@@ -175,7 +175,7 @@ def _find_data(source: Source, workspace: Workspace) -> Path:
     raise FileNotFoundError("the synthetic tiles do not exist yet: the first run generates them")
 
 
-def measure_data(source: Source, workspace: Workspace) -> tuple[DataSize, str]:  # and what is missing; "": nothing
+def measure_data(source: Source, workspace: Workspace) -> tuple[DataSize, str]:  # size, and what is missing; "": nothing
     "Return size and number of a source's tiles; if they are missing, those of its description or the paper."
     try:
         tiles = open_split(source.name, _find_data(source, workspace), "val")
@@ -298,7 +298,7 @@ def estimate(
     workspace: Workspace,
     seconds: float = 20.0,  # approximate, for timing
 ) -> Plan:
-    "Return the plan for the Runs of tables: their states, and the time for the unfinished ones. Trains and writes nothing."
+    "Return the plan for the Runs of tables: their states, and the time for the unfinished ones; train and write nothing."
     unique = list(dict.fromkeys(run for runs in runs_by_table.values() for run in runs))
     data = {source: measure_data(source, workspace) for source in dict.fromkeys(run.source for run in unique)}
     engine, rows, keys = workspace.engine(), [], []

@@ -75,7 +75,7 @@ def find_scale(name: str) -> Scale:
 class Source:
     "The tiles of a Run: those of an edition, or synthetic ones."
 
-    name: str = "synthetic"  # an edition of `data.EDITIONS`, or `classes:NAME,NAME,…`
+    name: str = "synthetic"  # a key of `data.editions.EDITIONS`, or `classes:NAME,NAME,…`
     synthetic: SyntheticConfig | None = None  # the synthetic tiles; None for an edition on disk
 
     @property
@@ -143,7 +143,7 @@ class Run:
 def plan_run(
     scale: str,  # a key of `SCALES`
     data: str,  # an edition
-    recipe: str = "",  # a key of `training.RECIPES`, at paper scale; "": the scale's own
+    recipe: str = "",  # a key of `training.schedule.RECIPES`, at paper scale; "": the scale's own
     **choices,  # further fields of `Run`
 ) -> Run:
     "Return the Run for a scale and a data set."

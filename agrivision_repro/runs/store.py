@@ -1,4 +1,4 @@
-"""The folder of a Run: records, scores, weights, and tables of all folders."""
+"""The folder of a Run: records, scores, weights."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class RunFolder:
         return self.path / CHECKPOINTS[checkpoint]
 
     def more_scores(self, checkpoint: str, tta: str) -> Path:
-        "Return the path of scores by another checkpoint or augmentation."
+        "Return the path of scores with another checkpoint or augmentation."
         return self.path / f"scores-{checkpoint}-{tta}.json"
 
     @property
@@ -162,7 +162,7 @@ class RunFolder:
         return 0
 
     def progress(self) -> str:
-        "Return the state of the Run, and how far it is."
+        "Return the state of the Run, and how far along it is."
         if self.is_finished:
             return "finished"
         record = self.record()

@@ -232,7 +232,7 @@ def _score_inputs(
     model: torch.nn.Module,
     tests: dict[str, TileDataset],  # test input → tiles
     engine: Engine,
-    tta: str = "none",  # a key of `training.TTA`
+    tta: str = "none",  # a key of `training.evaluate.TTA`
 ) -> tuple[dict, np.ndarray]:  # test input → metric → per_class, mean, background_only; counts of `read_tiles`
     "Score a model on all its test inputs."
     scored = {channels: score_tiles(model, test, engine, tta) for channels, test in tests.items()}
@@ -287,7 +287,7 @@ def score_again(
     folder: RunFolder,  # of a finished Run
     workspace: Workspace,
     checkpoint: str = "last",  # or "best"
-    tta: str = "none",  # a key of `training.TTA`
+    tta: str = "none",  # a key of `training.evaluate.TTA`
 ) -> dict:  # test input → metric → per_class, mean, background_only
     "Score weights with another checkpoint or augmentation; save the scores, and the counts of the tiles if missing, in the folder."
     result, path = folder.result(), folder.more_scores(checkpoint, tta)

@@ -52,10 +52,10 @@ __all__ = ['UNTESTED', 'FIG2', 'TABLE_1', 'TWO', 'THREE', 'NO_RATIO', 'NO_SHARE'
 
 # %% ../../nbs/74_claims.ipynb #cell-05
 UNTESTED = "not tested"
-FIG2, TABLE_1, TWO, THREE = "fig2_divergence", "table1_modality", "table2_backbones", "table3_losses"  # keys of `tables.TABLES`
-NO_RATIO, NO_SHARE = "no effect of a quarter or more", "no effect of five points or more"  # `NO_EFFECT` of ratios and of shares of layers
+FIG2, TABLE_1, TWO, THREE = "fig2_divergence", "table1_modality", "table2_backbones", "table3_losses"  # each a key of `tables.TABLES`
+NO_RATIO, NO_SHARE = "no effect of a quarter or more", "no effect of five points or more"  # `NO_EFFECT` of ratios; of shares of layers
 FALL = {"sign": -1, "margin": RATIO_MARGIN, "size": RATIO_MARGIN, "none": NO_RATIO}  # a fifth less, or more
-RISE = FALL | {"sign": 1}
+RISE = FALL | {"sign": 1}  # a quarter more, or above
 HUGE_DECAY, HUGE_DIVERGENCE = 8.0, 4.0  # "huge" in points of mIoU; "huge" in symmetric KL divergence
 
 
@@ -136,18 +136,18 @@ class Evidence:
 
     @cached_property
     def cross(self) -> list[Result]:
-        "The runs of Table 1 and Figure 2."
+        "Return the runs of Table 1 and Figure 2."
         losses = {(r.run.dice, r.run.lovasz) for r in self.results if (r.run.channels, r.run.norm) == ("nir3", "bn")}
         return [r for r in self.results if r.run.channels in MODALITIES and (r.run.dice, r.run.lovasz) in losses]
 
     @cached_property
     def layers(self) -> pd.DataFrame:
-        "Divergence per run and layer, of the estimator that has a null."
+        "Return the divergence per run and layer, of the estimator that has a null."
         return figure2_scores(self.cross, self.workspace).query("estimator == 'sample'")
 
     @cached_property
     def relation(self) -> pd.DataFrame:
-        "Medians of the divergence and scores per run, seeds in order."
+        "Return medians of the divergence and scores per run, seeds in order."
         return divergence_and_score(self.cross, self.layers).sort_values("seed")
 
     def per_seed(self, trained: str, norm: str) -> pd.DataFrame:  # rows of `relation`
@@ -287,7 +287,7 @@ SEVEN = {backbone_label(d, norm): {"depth": d, "norm": norm} for d, norm in TABL
 HALF = {"sign": -1, "beyond": float(np.log(2))}
 
 # %% ../../nbs/74_claims.ipynb #judges-1
-JUDGES: dict[str, Callable[[Evidence], Finding]] = {
+JUDGES: dict[str, Callable[[Evidence], Finding]] = {  # key of a claim → its judge
     "less_divergence": partial(judge_ratio, norm="ibn_s", **HALF),
     "nrgb_gain": partial(judge_gain, ours=R, others=R | {"channels": "rgb"}, what="ResNet101: NRGB − RGB", table=TWO),
     "divergence_exists": judge_divergence,

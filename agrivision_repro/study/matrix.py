@@ -13,14 +13,16 @@ from matplotlib.figure import Figure
 from agrivision_repro.analysis.significance import AGREES, DISAGREES, NO_EFFECT, NOT_JUDGED, UNDECIDED
 from agrivision_repro.study.claims import NO_RATIO, NO_SHARE, UNTESTED
 
-ALONE = ", alone"  # a verdict that Holm's adjustment for the number of claims turns into "undecided"
+ALONE = ", alone"  # ends a verdict that Holm's adjustment for the number of claims turns into "undecided"
 VERDICT_COLORS = {  # verdict → color of its cell
     AGREES: "#009e73", DISAGREES: "#d55e00", NO_EFFECT: "#56b4e9", NO_RATIO: "#56b4e9", NO_SHARE: "#56b4e9", AGREES + ALONE: "#a6dcc9", DISAGREES + ALONE: "#f2c6a3",
     UNDECIDED: "#e0e0e0", NOT_JUDGED: "#f4f4f4", UNTESTED: "white",
 }  # fmt: skip
 
 
-def draw_matrix(matrix: pd.DataFrame) -> Figure:  # of `claims_matrix`
+def draw_matrix(
+    matrix: pd.DataFrame,  # of `claims_matrix`
+) -> Figure:
     "Draw the verdicts, a row per claim and a column per data set."
     rows, columns = matrix.shape
     fig, ax = plt.subplots(figsize=(3.2 + 2.6 * columns, 0.9 + 0.24 * rows), dpi=80, layout="constrained")

@@ -1,4 +1,4 @@
-"""Table 1 and Figure 3: scores and predictions on both modalities, side by side."""
+"""Table 1: scores and predictions on both modalities, side by side."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ abstract | Together with a hybrid loss | nearly_10
 §1 | In our experiments, we found | figure2
 §1 | The IBN-Net incorporates | cited
 §1 | In Fig. 2, we show | figure2
-"""  # section | first words of a sentence | its claims, or why it is none
+"""  # section | first words of a sentence | its claims, or why it makes none
 
 # %% ../../nbs/00_paper.ipynb #sentences-2
 SENTENCES_2 = """
@@ -163,7 +163,7 @@ Table 1 | This phenomenon suggests that | huge_divergence
 §2.2 | Then we can naturally | method
 Figure 3 | For each class, top | method
 Figure 3 | All predictions are given | method
-"""  # section | first words of a sentence | its claims, or why it is none
+"""  # section | first words of a sentence | its claims, or why it makes none
 
 # %% ../../nbs/00_paper.ipynb #sentences-3
 SENTENCES_3 = """
@@ -188,7 +188,7 @@ SENTENCES_3 = """
 §3.2 | Thus, we propose IBN-s | method
 §3.2 | With IBN-s, now models | depth_choice
 §3.2 | As shown in Table 2, our | gain_over_resnet gain_over_ibn_a
-"""  # section | first words of a sentence | its claims, or why it is none
+"""  # section | first words of a sentence | its claims, or why it makes none
 
 # %% ../../nbs/00_paper.ipynb #sentences-4
 SENTENCES_4 = """
@@ -213,7 +213,7 @@ Table 2 | IBN-Net101-s achieves highest | best_backbone
 Table 3 | Different loss settings with | lovasz_gain
 Table 3 | achieves highest mIoU of 53.52 | best_loss
 §4 | As shown in Table 3 | best_loss
-"""  # section | first words of a sentence | its claims, or why it is none
+"""  # section | first words of a sentence | its claims, or why it makes none
 
 # %% ../../nbs/00_paper.ipynb #sentences-5
 SENTENCES_5 = """
@@ -236,7 +236,7 @@ SENTENCES_5 = """
 §7 | Further analysis about how | plan
 §7 | Our future work may | capacity
 §7 | Also, if we confirmed | plan
-"""  # section | first words of a sentence | its claims, or why it is none
+"""  # section | first words of a sentence | its claims, or why it makes none
 
 # %% ../../nbs/00_paper.ipynb #sentence-table
 NO_CLAIM = ("background", "method", "data", "cited", "reading", "plan")

@@ -39,7 +39,7 @@ class Arm:
 
 
 STRENGTHS = {"weak": (1.25, 0.25), "strong": (2.0, 1.0)}  # of a random gain and offset: largest factor and largest shift
-DRAWS = 2
+DRAWS = 2  # random gains and offsets per strength
 AS_IT_IS = "as it is"
 ARMS = {  # name → arm
     AS_IT_IS: Arm(),
@@ -143,7 +143,7 @@ def _is_evaluated(result: Result) -> bool:
 def run_section7(
     result: Result,  # of a Run on `rgb` or `nir3`
     workspace: Workspace,
-) -> tuple[dict, dict[str, np.ndarray]]:  # of `evaluate_arms`; arm → counts, `(N, C, 2)` int64
+) -> tuple[dict, dict[str, np.ndarray]]:  # scores by arm, with divergence; arm → counts, `(N, C, 2)` int64
     "Score a net in every arm, or load it if already done."
     path, tiles = result.folder / "section7.json", result.folder / "section7.npy"
     if not _is_evaluated(result):
@@ -168,7 +168,7 @@ def evaluate_nets(
     results: Sequence[Result],  # of Runs on `rgb` or `nir3`
     workspace: Workspace,
 ) -> None:
-    "Score those nets in every arm that are not scored yet; on a CPU, long work takes a process per training modality."
+    "Score the nets that are not scored yet in every arm; on a CPU, long work takes a process per training modality."
     groups: dict[str, list[Run]] = {}
     for result in results:
         if not _is_evaluated(result):

@@ -69,7 +69,7 @@ def _shrinkage(norm: str) -> Contrast:
     return Contrast("E3", f"gain of {backbone_label('', norm)} over ResNet − the same with NIR matched to red", weights, "own")
 
 
-PLAIN, IBN_A, IBN_S = Trained(), Trained(norm="ibn_a"), Trained(norm="ibn_s")  # the nets of Figure 2, trained on RGB
+PLAIN, IBN_A, IBN_S = Trained(), Trained(norm="ibn_a"), Trained(norm="ibn_s")  # ResNet; IBN-Net-a; IBN-Net-s
 DOSES = ("kl(0.01)", "kl(0.03)", "kl(0.1)", "kl(0.3)")  # weights of the divergence in the loss
 SIDES = ("own", "other")
 WHOLE_FALL = "lowest − highest divergence, on a line through the doses"
@@ -86,7 +86,7 @@ CONTRASTS = (  # rows of the table of effects, but for the line through the dose
 )  # fmt: skip
 
 
-BASELINES = (Trained(norm="gn"), Trained(intervention="modality_dropout"), Trained(intervention="AdaBN"))  # on any channels
+BASELINES = (Trained(norm="gn"), Trained(intervention="modality_dropout"), Trained(intervention="AdaBN"))  # nets that the paper does not have, on any channels
 
 
 def _score_row(arm: Trained, seed: int, divergence: float, own: dict, other: dict | None) -> dict:  # of `trained_scores`

@@ -17,8 +17,8 @@ STUDIED_NORMS = PAPER_NORMS  # trained for Table 2 and Figure 2: names in `backb
 
 
 def table1(
-    scale: str = "smoke",  # a key of `runs.SCALES`
-    data: str = "synthetic",  # a key of `data.EDITIONS`
+    scale: str = "smoke",  # a key of `runs.run.SCALES`
+    data: str = "synthetic",  # a key of `data.editions.EDITIONS`
     seeds: Sequence[int] = (0,),  # one run of each kind per seed
     lambda1: float = 1.0,  # weight of Dice in the loss (eq. 10)
     lambda2: float = 1.0,  # weight of Lovász in the loss (eq. 10)
@@ -54,8 +54,8 @@ def check_seeds(
 
 
 def fig2(
-    scale: str = "smoke",  # a key of `runs.SCALES`
-    data: str = "synthetic",  # a key of `data.EDITIONS`
+    scale: str = "smoke",  # a key of `runs.run.SCALES`
+    data: str = "synthetic",  # a key of `data.editions.EDITIONS`
     seeds: Sequence[int] = (0,),  # one run of each kind per seed
     lambda1: float = 1.0,  # weight of Dice in the loss (eq. 10)
     lambda2: float = 1.0,  # weight of Lovász in the loss (eq. 10)
@@ -67,8 +67,8 @@ def fig2(
 
 
 def table2(
-    scale: str = "smoke",  # a key of `runs.SCALES`
-    data: str = "synthetic",  # a key of `data.EDITIONS`
+    scale: str = "smoke",  # a key of `runs.run.SCALES`
+    data: str = "synthetic",  # a key of `data.editions.EDITIONS`
     seeds: Sequence[int] = (0,),  # one run of each kind per seed
 ) -> list[Run]:
     "Return the Runs of Table 2: eight backbones with BCE + Dice on NRGB; beyond the paper, two of them on other channels."
@@ -78,8 +78,8 @@ def table2(
 
 
 def table3(
-    scale: str = "smoke",  # a key of `runs.SCALES`
-    data: str = "synthetic",  # a key of `data.EDITIONS`
+    scale: str = "smoke",  # a key of `runs.run.SCALES`
+    data: str = "synthetic",  # a key of `data.editions.EDITIONS`
     seeds: Sequence[int] = (0,),  # one run of each kind per seed
 ) -> list[Run]:
     "Return the Runs of Table 3: IBN-Net101-a on NRGB with each loss; beyond the paper, its best model."
@@ -89,8 +89,8 @@ def table3(
 
 
 def fig3(
-    scale: str = "smoke",  # a key of `runs.SCALES`
-    data: str = "synthetic",  # a key of `data.EDITIONS`
+    scale: str = "smoke",  # a key of `runs.run.SCALES`
+    data: str = "synthetic",  # a key of `data.editions.EDITIONS`
     seeds: Sequence[int] = (0,),  # one run per seed; the first is drawn
 ) -> list[Run]:
     "Return the Runs of Figure 3: IBN-Net101-s with the hybrid loss."
@@ -98,8 +98,8 @@ def fig3(
 
 
 def section7_trained(
-    scale: str = "smoke",  # a key of `runs.SCALES`
-    data: str = "synthetic",  # a key of `data.EDITIONS`
+    scale: str = "smoke",  # a key of `runs.run.SCALES`
+    data: str = "synthetic",  # a key of `data.editions.EDITIONS`
     seeds: Sequence[int] = (0,),  # one run of each kind per seed
 ) -> list[Run]:
     "Return the Runs of section 7 that need training, and the plain ones that they are compared with, each once."
@@ -115,8 +115,8 @@ def section7_trained(
 
 
 def all_runs(
-    scale: str = "smoke",  # a key of `runs.SCALES`
-    data: str = "synthetic",  # a key of `data.EDITIONS`
+    scale: str = "smoke",  # a key of `runs.run.SCALES`
+    data: str = "synthetic",  # a key of `data.editions.EDITIONS`
     seeds: Sequence[int] = (0,),  # one run of each kind per seed
     lambda1: float = 1.0,  # weight of Dice in the loss of Table 1 and Figure 2 (eq. 10)
     lambda2: float = 1.0,  # weight of Lovász in the same loss

@@ -37,7 +37,7 @@ def save_tensors(
 def read_tensors(
     path: Path,
 ) -> tuple[dict[str, Tensor], dict]:  # tensors and metadata
-    "Load a file written by `save_tensors`; raises ValueError for any other or damaged file."
+    "Load a file written by `save_tensors`; raise ValueError for any other file or a damaged one."
     try:
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}

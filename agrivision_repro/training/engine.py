@@ -22,7 +22,7 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def check_device(device: str, precision: str = "auto") -> None:
-    "Check that device and precision are among the supported values; raises ValueError otherwise."
+    "Check that device and precision are among the supported values; raise ValueError otherwise."
     if device not in ("auto", "cpu"):
         raise ValueError(f"device is {device!r}: wanted auto or cpu (choose among GPUs with CUDA_VISIBLE_DEVICES)")
     if precision not in _PRECISIONS:
@@ -58,7 +58,7 @@ class Engine:
 
 def make_engine(
     device: str = "auto",  # "auto": a GPU if available; or "cpu"
-    precision: str = "auto",  # one of `_PRECISIONS`; "auto": bf16 if the device supports it
+    precision: str = "auto",  # "float32", "bf16"; "auto": bf16 if the device supports it
     trackers: Sequence = (),  # Accelerate's, as names or instances: "tensorboard", "wandb", …
     folder: Path | None = None,  # output folder of the trackers
 ) -> Engine:

@@ -12,7 +12,7 @@ from agrivision_repro.data.batches import INVERSE, TileDataset, apply_d4, scorin
 from agrivision_repro.metrics import AveragePrecision, ChallengeIoU, ClassMetric, MultilabelIoU, tile_overlap
 from agrivision_repro.training.engine import Engine
 
-METRICS: dict[str, Callable[[int], ClassMetric]] = {
+METRICS: dict[str, Callable[[int], ClassMetric]] = {  # name → metric of a number of classes
     "multilabel": MultilabelIoU,
     "challenge": ChallengeIoU,
     "gated": partial(ChallengeIoU, reading="gated"),

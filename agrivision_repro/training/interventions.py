@@ -164,7 +164,7 @@ class RandomStatistics(Intervention):
 
 
 class FrozenSwitches(Intervention):
-    "Fix the shares of IN, LN and BN of every SwitchNorm, see `switch_shares`; the number of other parameters stays."
+    "Fix the shares of IN, LN and BN of every SwitchNorm, see `switch_shares`; all other parameters are trained."
 
     example, words, norms = "switches(bn)", ("bn", "uniform", "ordered", "shuffled"), ("ibn_s",)
 
@@ -176,7 +176,7 @@ class FrozenSwitches(Intervention):
                 weight.requires_grad_(False)
 
 
-INTERVENTIONS: dict[str, type[Intervention]] = {
+INTERVENTIONS: dict[str, type[Intervention]] = {  # name in a Run → class
     "invert": Inversion,
     "modality_dropout": ModalityDropout,
     "match_nir": MatchedNIR,
@@ -202,7 +202,7 @@ def make_intervention(
     channels: str = "rgbn",  # the model's input, a key of `CHANNELS`
     norm: str = "bn",  # of the backbone, a key of `backbones.NORMS`
 ) -> Intervention:
-    "Make an intervention from its name in a Run; raises ValueError if it is unknown or does not apply."
+    "Make an intervention from its name in a Run; raise ValueError if it is unknown or does not apply."
     if not text:
         return Intervention(channels)
     name, _, word = text.removesuffix(")").partition("(")

@@ -139,5 +139,5 @@ def schedule_table(
 
 
 def format_number(value: float) -> str:
-    "Return a count in full or a rate with two digits; – for NaN."
+    "Format a count in full or a rate with two digits; – for NaN."
     return "–" if value != value else f"{value:,.0f}" if value >= 1 else f"{value:.2g}"
