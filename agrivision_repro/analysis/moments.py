@@ -169,10 +169,8 @@ class MeanStream(PixelStream):
         self.open = groups[:, n_full:]
         return self.mean_of(groups[:, :n_full])
 
-    def mean_of(
-        self,
-        groups: Tensor,  # counts and distances, `(2, K, C)`
-    ) -> Moments:
+    def mean_of(self, groups: Tensor) -> Moments:  # `(K, C)`
+        "Return the means of groups, given as counts and distances, `(2, K, C)`."
         count, distance = groups
         return Moments(count, self.origin + distance / count.clamp(min=1), count)
 
