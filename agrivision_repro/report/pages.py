@@ -16,6 +16,7 @@ from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from PIL import Image
 
+from agrivision_repro.predict.trained import REPOSITORY
 from agrivision_repro.report.render import banner_text, html_table
 from agrivision_repro.runs.plan import PAPERS_DATA, gmacs_of, kind_of, name_runs
 from agrivision_repro.runs.store import Result
@@ -54,12 +55,23 @@ def _notebook_page(
     "Render a notebook as one self-contained page without scripts."
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata["title"] = _notebook_title(notebook)[0]
+    for cell in notebook.cells:
+        cell.source = _link_to_repository(cell.source) if cell.cell_type == "markdown" else cell.source
     math = _stash_math(notebook)
     exporter = HTMLExporter(template_name="lab", extra_loaders=[FileSystemLoader(_TEMPLATES)], embed_images=True)
     exporter.template_file = "notebook.html.j2"
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     page = exporter.from_notebook_node(notebook)[0]
     return re.sub(r"MATHMARK(\d{5})", lambda match: math[int(match[1])], page)
+
+
+def _link_to_repository(text: str) -> str:
+    "Let links to notebooks, which do not stand beside a report, lead to the repository."
+
+    def link(found: re.Match) -> str:
+        return f"]({REPOSITORY}/blob/main/nbs/{'' if found[1] else 'tables/'}{found[2]})"
+
+    return re.sub(r"\]\((\.\./)?([\w/]+\.ipynb)\)", link, text)
 
 
 def _notebook_title(notebook: nbformat.NotebookNode) -> tuple[str, str]:  # title, subtitle
