@@ -121,6 +121,9 @@ def write_array(path: Path, array: np.ndarray) -> None:
     replace_file(path, write)
 
 
+REPOSITORY = "https://github.com/agrivision-repro/agrivision_repro"  # of this package
+
+
 ANEW = "remove its folder to train the Run again"  # what to do with a damaged file
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pandas as pd
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
-from agrivision_repro.predict.trained import REPOSITORY, About, load_trained
+from agrivision_repro.core import REPOSITORY
+from agrivision_repro.predict.trained import About, load_trained
 from agrivision_repro.runs.listing import format_percent
 from agrivision_repro.runs.run import Run, describe_run
 from agrivision_repro.runs.store import Result, metric_label

@@ -9,6 +9,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from agrivision_repro.core import REPOSITORY
 from agrivision_repro.data.batches import CHANNELS
 from agrivision_repro.models.deeplab import DeepLabV3Plus
 from agrivision_repro.plots import CLASS_COLORS
@@ -16,8 +17,6 @@ from agrivision_repro.runs.run import model_options
 
 if TYPE_CHECKING:
     from agrivision_repro.runs.store import Result
-
-REPOSITORY = "https://github.com/agrivision-repro/agrivision_repro"
 
 
 @dataclass(frozen=True)

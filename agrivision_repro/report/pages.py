@@ -16,7 +16,7 @@ from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from PIL import Image
 
-from agrivision_repro.predict.trained import REPOSITORY
+from agrivision_repro.core import REPOSITORY
 from agrivision_repro.report.render import banner_text, html_table
 from agrivision_repro.runs.plan import PAPERS_DATA, gmacs_of, kind_of, name_runs
 from agrivision_repro.runs.store import Result
