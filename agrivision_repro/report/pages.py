@@ -123,7 +123,7 @@ def _report_section(
     made = sorted((folder / file for file in notebook.metadata["agrivision_repro"]["files"]), key=lambda p: (p.stem != name, p.stem))
     tables, pictures = ([p for p in made if p.suffix == ending] for ending in (".html", ".png"))
     return {
-        "name": name, "title": escape(title), "question": escape(question.split("?")[0] + "?"),
+        "name": name, "title": escape(title), "question": re.sub(r"\*(.+?)\*", r"<em>\1</em>", escape(question.split("?")[0] + "?")),
         "banner": re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", escape(banner_text(results), quote=False)) if results else "",
         "tables": [{"name": p.stem, "html": p.read_text(encoding="utf-8").replace('href="../index.html#', 'href="#')} for p in tables],
         "pictures": [_read_picture(p) for p in pictures],

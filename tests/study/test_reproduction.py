@@ -233,7 +233,8 @@ def test_every_claim_has_a_verdict(out):
     assert judged.set_index("key").loc[list(JUDGES), "measured"].str.contains(r"\d").all()
     matrix = pd.read_csv(out / "tables" / "claims_matrix.csv")
     assert matrix.key.tolist() == judged.key.tolist() and matrix.iloc[:, -1].tolist() == judged.holm.tolist()
-    assert "claims_matrix.png" in (out / "index.html").read_text()
+    page = (out / "index.html").read_text()
+    assert "claims_matrix.png" in page and "<em>one thing changed</em>" in page
 
 
 def test_every_number_of_the_report_is_in_its_files(out):
