@@ -39,7 +39,10 @@ def read_parameters(
     return given
 
 
-ScaleName = Annotated[str, typer.Option("--scale", help="smoke: seconds. laptop: minutes, two cores. workstation: one GPU, open data. paper: 25,000 iterations.")]
+ScaleName = Annotated[
+    str,
+    typer.Option("--scale", help="smoke: seconds. laptop: minutes, two cores. workstation: one GPU, open data. paper: 25,000 iterations."),
+]
 
 
 RunData = Annotated[str, typer.Option("--data", help="synthetic, naip-trees, ag-net, agrivision-{2020,2021,cvpr2020}, or classes:NAME,…")]

@@ -99,7 +99,9 @@ def export(
 def share(
     run: _FinishedRun,
     folder: Annotated[Path, typer.Argument(help="A new folder: weights, description, model card.")],
-    push: Annotated[str, typer.Option(metavar="OWNER/NAME", help="Upload it to this repository of the Hugging Face Hub; a new one is private.")] = "",
+    push: Annotated[
+        str, typer.Option(metavar="OWNER/NAME", help="Upload it to this repository of the Hugging Face Hub; a new one is private.")
+    ] = "",
     checkpoint: _Checkpoint = "last",
     results: _ResultsFolder = Path("out"),
 ):

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from agrivision_repro.analysis.significance import (
-    AGREES, DISAGREES, NOT_JUDGED, UNDECIDED, Effect, combine, draw_fields, format_point, format_points, holm, judge, paired_effect, stack_seeds,
-    sum_groups,
+    AGREES, DISAGREES, NOT_JUDGED, UNDECIDED, Effect, combine, draw_fields, format_point, format_points, holm, judge, paired_effect,
+    stack_seeds, sum_groups,
 )  # fmt: skip
 from agrivision_repro.data.batches import CHANNEL_LABELS
 from agrivision_repro.models.backbones import backbone_label
@@ -171,7 +171,7 @@ def format_recovery(
     cells: dict[_Net, dict[str, str]] = {}
     for row in recovery.itertuples():
         ends = f" ({format_interval(row.gain_low, row.gain_high)})" if np.isfinite(row.gain_low) else ""
-        share = "" if np.isnan(row.share) else f", {round(row.share) + 0:.0f} %"
+        share = "" if np.isnan(row.share) else f", {round(row.share)} %"
         cells.setdefault((row.trained_on, row.norm), {})[row.arm] = f"{format_point(row.gain)}{ends}{share}; {row.verdict}"
     return _lay_out(cells, CHANGED)
 
@@ -277,8 +277,9 @@ def draw_dose(scores: pd.DataFrame) -> Figure:
         ax.set_title(f"trained on {CHANNEL_LABELS[trained]}, tested on {CHANNEL_LABELS[OTHER[trained]]}", fontsize=9)
         ax.set(xscale="log", xlabel="median divergence of the two modalities")
     axes[0].set_ylabel("multi-label mIoU, %")
+    gray = {"color": "0.4", "linestyle": "", "markersize": 7, "markeredgewidth": 1.5}
     handles = axes[0].get_legend_handles_labels()[0]
-    handles += [Line2D([], [], marker=marker, color="0.4", linestyle="", markersize=7, markeredgewidth=1.5, label=name) for name, marker in _MARKERS.items()]
+    handles += [Line2D([], [], marker=marker, label=name, **gray) for name, marker in _MARKERS.items()]
     fig.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
     plt.close(fig)
     return fig

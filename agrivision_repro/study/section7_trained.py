@@ -86,7 +86,7 @@ CONTRASTS = (  # rows of the table of effects, but for the line through the dose
 )  # fmt: skip
 
 
-BASELINES = (Trained(norm="gn"), Trained(intervention="modality_dropout"), Trained(intervention="AdaBN"))  # nets that the paper does not have, on any channels
+BASELINES = (Trained(norm="gn"), Trained(intervention="modality_dropout"), Trained(intervention="AdaBN"))  # not in the paper
 
 
 def _score_row(arm: Trained, seed: int, divergence: float, own: dict, other: dict | None) -> dict:  # of `trained_scores`
